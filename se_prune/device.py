@@ -1,0 +1,26 @@
+"""One choice of device for everything."""
+
+from __future__ import annotations
+
+import torch
+
+from se_prune.errors import UsageError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device of a name; `auto` is cuda, then mps, then cpu.
+
+    Raises:
+        UsageError: The device is unknown or not on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used here ({reason}); use auto, cuda, mps or cpu.") from error
+    return device

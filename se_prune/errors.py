@@ -1,0 +1,50 @@
+"""User errors: each message says what is wrong and what to do next.
+
+Anything a user can cause is a `SePruneError`; the command line turns it into one sentence on stderr and the
+kind's exit code. Everything else is our defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SePruneError(Exception):
+    """Base of every error a user can cause; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(SePruneError):
+    """An option or a recipe key is wrong; nothing was read or written."""
+
+    exit_code = 2
+
+
+class CheckpointError(SePruneError):
+    """A model file is missing, broken, unsafe, or does not fit its architecture."""
+
+
+class DataError(SePruneError):
+    """Images are missing, empty, unreadable, or do not fit the model."""
+
+
+class BudgetError(SePruneError):
+    """The budget cannot be met under the floors; the message says what is reachable."""
+
+
+class SurgeryError(SePruneError):
+    """The network cannot be cut, or the cut network does not equal its masked twin."""
+
+
+class GateNotMetError(SePruneError):
+    """A limit given by the user (`--max-drop`) was not met."""
+
+    exit_code = 3
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest known word, or an empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""

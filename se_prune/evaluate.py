@@ -1,0 +1,124 @@
+"""Accuracy with its uncertainty: top-1, top-5, per class, the Wilson interval, and a paired test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from se_prune.errors import DataError
+from se_prune.records import Evaluation, PairedTest, Preprocessing
+
+if TYPE_CHECKING:
+    from se_prune.data import Split
+
+Z95 = 1.959963984540054
+
+
+def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p = right / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
+    """Exact two-sided McNemar test of two networks' right answers on the same images.
+
+    Raises:
+        DataError: The two have not seen the same number of images.
+    """
+    if len(first) != len(second) or not first:
+        raise DataError(f"a paired test needs the same images twice, got {len(first)} and {len(second)}.")
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    return PairedTest(
+        top1_difference=(sum(second) - sum(first)) / len(first),
+        only_first_right=only_first,
+        only_second_right=only_second,
+        p_value=_binomial_two_sided(min(only_first, only_second), only_first + only_second),
+    )
+
+
+def _binomial_two_sided(k: int, n: int) -> float:
+    """Return P of at most `k` of `n` fair coin flips, doubled and capped at 1; exact in integers."""
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, float(2 * tail / 2**n) if n < 1000 else 2.0 ** (1 + math.log2(tail) - n))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    classes: Sequence[str] = (),
+    batch_size: int = 256,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Run `model` in eval mode over every image of `split` once.
+
+    Args:
+        model: The network; it stays on `device` in eval mode.
+        split: Images with labels.
+        preprocessing: Input size and normalisation.
+        device: Where to run.
+        classes: Names for the per-class accuracies; numbers where none are given.
+        batch_size: Images at a time.
+        on_batch: Called with the number of images after each batch.
+
+    Raises:
+        DataError: The split is empty, or has labels that the network has no output for.
+    """
+    if len(split) == 0:
+        raise DataError("there are no images to evaluate; check --data.")
+    model.to(device).eval()
+    predictions, top5, loss = [], 0, 0.0
+    for images, labels in split.batches(batch_size, preprocessing):
+        logits = model(images.to(device, non_blocking=True)).float().cpu()
+        if int(labels.max()) >= logits.shape[1]:
+            raise DataError(
+                f"the data has a label {int(labels.max())}, but the network has {logits.shape[1]} classes; "
+                "use the data it was trained on, or a checkpoint with that many classes."
+            )
+        loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        best = logits.topk(min(5, logits.shape[1])).indices
+        top5 += int((best == labels[:, None]).any(1).sum())
+        predictions.append(logits.argmax(1))
+        if on_batch is not None:
+            on_batch(len(labels))
+    predicted = torch.cat(predictions)
+    hit = predicted == split.labels
+    per_class = {}
+    for label in split.labels.unique().tolist():
+        name = classes[label] if label < len(classes) else str(label)
+        per_class[name] = float(hit[split.labels == label].double().mean())
+    n, right = len(split), int(hit.sum())
+    return Evaluation(
+        n=n,
+        top1=right / n,
+        top5=top5 / n,
+        top1_ci95=wilson(right, n),
+        loss=loss / n,
+        per_class=per_class,
+        predictions=tuple(predicted.tolist()),
+    )
+
+
+def paired(first: Evaluation, second: Evaluation, split: Split) -> PairedTest:
+    """McNemar test of two evaluations of the same split; the difference is second minus first."""
+    labels = split.labels.tolist()
+    return mcnemar(
+        [p == t for p, t in zip(first.predictions, labels, strict=True)],
+        [p == t for p, t in zip(second.predictions, labels, strict=True)],
+    )

@@ -1,0 +1,1 @@
+"""Gate sites: finding them in any network, measuring them, and what the measurements say."""

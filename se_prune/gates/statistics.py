@@ -1,0 +1,215 @@
+"""The statistics pass: what every gate does on real images, streamed once over the data.
+
+Shapes: N images, K classes, C channels, H×W positions, B histogram bins. All sums are float64; memory is
+O(K·C) whatever the number of images; adding the sums of two halves equals one pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from se_prune.errors import CheckpointError, DataError
+from se_prune.files import whole_file
+from se_prune.gates.tap import tap
+from se_prune.records import SCHEMA_VERSION, GateSite, Preprocessing, from_dict, to_dict
+
+if TYPE_CHECKING:
+    from se_prune.data import Split
+
+BINS = 64
+HEADER_KEY = "se_prune_statistics"
+
+
+@dataclass(slots=True, kw_only=True)
+class SiteSums:
+    """Sums over images of one site: gates and energies per class and channel (K, C), histogram (C, B).
+
+    `u2` is E-less Σ mean_hw u², so `su2` = Σ s·mean u² and `s2u2` = Σ s²·mean u² = Σ mean v²; `v` = Σ mean v.
+    """
+
+    s: torch.Tensor
+    s2: torch.Tensor
+    u2: torch.Tensor
+    su2: torch.Tensor
+    s2u2: torch.Tensor
+    v: torch.Tensor
+    smin: torch.Tensor
+    smax: torch.Tensor
+    histogram: torch.Tensor
+
+    @classmethod
+    def zeros(cls, classes: int, channels: int) -> SiteSums:
+        """Return the sums of no image."""
+        table = {
+            name: torch.zeros(classes, channels, dtype=torch.float64)
+            for name in ("s", "s2", "u2", "su2", "s2u2", "v")
+        }
+        return cls(
+            **table,
+            smin=torch.full((channels,), torch.inf, dtype=torch.float64),
+            smax=torch.full((channels,), -torch.inf, dtype=torch.float64),
+            histogram=torch.zeros(channels, BINS, dtype=torch.float64),
+        )
+
+    def merged(self, other: SiteSums) -> SiteSums:
+        """Return the sums over both sets of images."""
+        added = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        added["smin"] = torch.minimum(self.smin, other.smin)
+        added["smax"] = torch.maximum(self.smax, other.smax)
+        return SiteSums(**added)
+
+
+@dataclass(slots=True, kw_only=True)
+class Statistics:
+    """The statistics of a network on `counts.sum()` images; `counts` (K,) images per class."""
+
+    classes: tuple[str, ...]
+    counts: torch.Tensor
+    sites: tuple[GateSite, ...]
+    sums: dict[str, SiteSums]
+
+    @property
+    def n(self) -> int:
+        """Images seen."""
+        return int(self.counts.sum())
+
+    def merged(self, other: Statistics) -> Statistics:
+        """Return the statistics over both sets of images.
+
+        Raises:
+            DataError: The two are of other networks or other classes.
+        """
+        if self.sites != other.sites or self.classes != other.classes:
+            raise DataError("these statistics are of different networks or classes and cannot be merged.")
+        sums = {name: value.merged(other.sums[name]) for name, value in self.sums.items()}
+        return Statistics(
+            classes=self.classes, counts=self.counts + other.counts, sites=self.sites, sums=sums
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        tensors = {"counts": self.counts}
+        for name, value in self.sums.items():
+            tensors |= {f"{name}/{f.name}": getattr(value, f.name).contiguous() for f in fields(value)}
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "classes": list(self.classes),
+            "sites": [to_dict(site) for site in self.sites],
+        }
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, broken, or something else.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            header = json.loads(metadata[HEADER_KEY])
+            sites = tuple(from_dict(GateSite, values, what=str(path)) for values in header["sites"])
+            sums = {
+                site.name: SiteSums(**{f.name: tensors[f"{site.name}/{f.name}"] for f in fields(SiteSums)})
+                for site in sites
+            }
+            return cls(
+                classes=tuple(header["classes"]), counts=tensors["counts"], sites=sites, sums=sums
+            )
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} does not exist; make it with `se-prune analyze`.") from error
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is not a statistics file of `se-prune analyze` ({error}); make it again."
+            ) from error
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    sites: Sequence[GateSite],
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    classes: Sequence[str],
+    device: torch.device,
+    batch_size: int = 256,
+    on_batch: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Run the network once over the images and sum what its gates do.
+
+    Raises:
+        DataError: There is no image.
+    """
+    if len(split) == 0:
+        raise DataError("there are no images to analyse; check --data.")
+    collector = Collector(sites, len(classes), device)
+    model.to(device).eval()
+    with tap(model, sites, collector.on_gate):
+        for images, labels in split.batches(batch_size, preprocessing):
+            collector.begin(labels)
+            model(images.to(device, non_blocking=True))
+            if on_batch is not None:
+                on_batch(len(labels))
+    return Statistics(
+        classes=tuple(classes), counts=collector.counts, sites=tuple(sites), sums=collector.result()
+    )
+
+
+class Collector:
+    """Adds up one batch after another; `begin` names the classes of the batch that follows."""
+
+    def __init__(self, sites: Sequence[GateSite], classes: int, device: torch.device) -> None:
+        self.sums = {site.name: SiteSums.zeros(classes, site.channels) for site in sites}
+        self.counts = torch.zeros(classes, dtype=torch.float64)
+        self.device = device
+        self.onehot = torch.zeros(0)
+        # mps has no float64: there the per-batch products are taken on the CPU
+        self.accumulate_on = torch.device("cpu") if device.type == "mps" else device
+
+    def begin(self, labels: torch.Tensor) -> None:
+        """Say which class (N,) each image of the next batch has."""
+        onehot = torch.nn.functional.one_hot(labels, len(self.counts)).to(torch.float64)
+        self.counts += onehot.sum(0)
+        self.onehot = onehot.T.to(self.accumulate_on)
+
+    def on_gate(self, site: GateSite, u: torch.Tensor, s: torch.Tensor) -> None:
+        """Add the gates and energies of one site for the current batch."""
+        n, channels, height, width = u.shape
+        sums = self.sums[site.name]
+        energy = _energy(u).to(self.accumulate_on, torch.float64) / (height * width)
+        mean = u.mean((2, 3)).to(self.accumulate_on, torch.float64)
+        gate = s.reshape(n, channels).to(self.accumulate_on)
+        hist = (gate * BINS).long().clamp_(0, BINS - 1)
+        flat = hist + BINS * torch.arange(channels, device=hist.device)
+        counts = torch.bincount(flat.reshape(-1), minlength=BINS * channels).view(channels, BINS)
+        gate = gate.to(torch.float64)
+        gate_energy = gate * energy
+        columns = torch.cat([gate, gate * gate, energy, gate_energy, gate * gate_energy, gate * mean], 1)
+        table = (self.onehot @ columns).cpu()
+        for name, part in zip(("s", "s2", "u2", "su2", "s2u2", "v"), table.split(channels, 1), strict=True):
+            getattr(sums, name).add_(part)
+        torch.minimum(sums.smin, gate.amin(0).cpu(), out=sums.smin)
+        torch.maximum(sums.smax, gate.amax(0).cpu(), out=sums.smax)
+        sums.histogram.add_(counts.cpu())
+
+    def result(self) -> dict[str, SiteSums]:
+        """Return the sums so far."""
+        return self.sums
+
+
+def _energy(u: torch.Tensor) -> torch.Tensor:
+    """Return Σ_hw u² (N, C) in one read of `u`."""
+    return torch.linalg.vector_norm(u, dim=(2, 3)).square()

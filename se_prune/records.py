@@ -1,0 +1,420 @@
+"""The records that pass between stages, and their JSON.
+
+Every record is a frozen, slotted, keyword-only dataclass; those that reach a file carry a `schema_version`.
+`to_json` and `from_json` are exact inverses; unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+from se_prune.errors import SePruneError, nearest
+
+record = functools.partial(dataclass, frozen=True, slots=True, kw_only=True)
+SCHEMA_VERSION = 1
+FORBID_EXTRA: dict[str, Any] = {"extra": "forbid", "ser_json_inf_nan": "constants"}
+
+T = TypeVar("T")
+
+
+@record
+class ArchSpec:
+    """How to build a dense network: a reference as `--arch` takes it, and the factory's own arguments."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    ref: str
+    kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+
+
+@record
+class Preprocessing:
+    """From pixels in [0, 1] to the network's input: size (C, H, W), then `(x - mean) / std` per channel."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@record
+class Geometry:
+    """The size of one layer after surgery: channels in and out, and groups (1 for a linear layer)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    in_channels: int
+    out_channels: int
+    groups: int = 1
+
+
+@record
+class Cost:
+    """What a network costs for one image of `input_size` (C, H, W).
+
+    `params` counts learnable parameters. `macs` counts convolutions and fully connected layers, one
+    multiply-add = 1 (the paper's convention); `macs_se` is the part of it inside SE blocks, `macs_gate` the
+    squeeze, activation and multiply of the gates, which `macs` leaves out. `uncounted` names every other
+    operation that ran, with how often.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    params: int
+    macs: int
+    macs_conv: int
+    macs_linear: int
+    macs_se: int
+    macs_gate: int
+    input_size: tuple[int, int, int]
+    per_layer: dict[str, int] = field(default_factory=dict)
+    uncounted: dict[str, int] = field(default_factory=dict)
+
+
+@record
+class GateSite:
+    """One SE block: where the multiply happens and the layers that compute its gate.
+
+    `owner` is the module whose forward multiplies (the `call`-th time it runs, the `multiply`-th multiply
+    in it, with the gate as operand `gate_operand`); `reduce` and `expand` name the two FC layers (`reduce` is None for a gate of one layer); `hidden`
+    is 0 then. `features` is the layer whose output channels the gate scales, where the trace shows one.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    name: str
+    owner: str
+    call: int = 0
+    multiply: int = 0
+    gate_operand: int = 1
+    channels: int
+    hidden: int
+    reduce: str | None
+    expand: str | None
+    features: str | None = None
+    gate_activation: str = "sigmoid"
+
+
+GroupKind = Literal["gated", "stream", "inner", "hidden"]
+
+
+@record
+class ChannelGroup:
+    """Channels that must leave together, `channels` of them; `name` is the first layer that makes them.
+
+    `site` is the gate site that scales a gated group or owns a hidden one. `reason` says why a group
+    cannot be cut (`prunable` False).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    name: str
+    kind: GroupKind
+    channels: int
+    members: tuple[str, ...]
+    site: str | None = None
+    prunable: bool = True
+    reason: str | None = None
+
+
+@record
+class Inspection:
+    """What `inspect` finds: the gate sites, the channel groups and the cost of a network."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    arch: ArchSpec | None
+    sites: tuple[GateSite, ...]
+    groups: tuple[ChannelGroup, ...]
+    cost: Cost
+
+
+@record
+class SiteSummary:
+    """One row of the site table: how alive a gate is, and what folding it would lose.
+
+    `std_images` is the standard deviation of the gate over images, averaged over channels;
+    `class_specificity` the between-class share of the gate's variance; `saturated` the share of gates above
+    0.95 or below 0.05; `fold_loss` the share of the recalibrated energy that the best constant gate misses,
+    E[(s-a)²u²] / E[v²] with a = E[s·u²] / E[u²].
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    name: str
+    channels: int
+    hidden: int
+    mean: float
+    std_images: float
+    class_specificity: float
+    saturated: float
+    fold_loss: float
+    advice: Literal["keep", "fold"]
+
+
+@record
+class Scores:
+    """Per group, one score per channel (lower leaves first), from one criterion.
+
+    `comparable` says that scores of different groups are in one unit, so that one threshold may rank them
+    all; else the planner divides each group by its own mean first.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    criterion: str
+    comparable: bool
+    groups: dict[str, tuple[float, ...]]
+
+
+@record
+class Budget:
+    """What a plan must meet: the share of channels removed, or the fraction of MACs or parameters kept."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    kind: Literal["sparsity", "macs", "params"]
+    value: float
+
+
+@record
+class GroupPlan:
+    """What leaves one group, and why no more of it does (`note`)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    name: str
+    kind: GroupKind
+    channels: int
+    removed: tuple[int, ...]
+    note: str | None = None
+
+
+@record
+class Plan:
+    """The channels that leave, per group, in the dense network's numbering; replayable."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    criterion: str
+    budget: Budget
+    round_to: int
+    min_channels: int
+    groups: tuple[GroupPlan, ...]
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+
+    @property
+    def channels_removed(self) -> int:
+        """Channels that leave, hidden units not counted."""
+        return sum(len(g.removed) for g in self.groups if g.kind != "hidden")
+
+    @property
+    def channels_total(self) -> int:
+        """Channels of every group of the plan, hidden units not counted."""
+        return sum(g.channels for g in self.groups if g.kind != "hidden")
+
+
+@record
+class Evaluation:
+    """Accuracy on `n` images: fractions, the 95 % Wilson interval of top-1, mean cross-entropy.
+
+    `predictions` holds the top-1 class per image in the split's order, for paired tests.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    n: int
+    top1: float
+    top5: float
+    top1_ci95: tuple[float, float]
+    loss: float
+    per_class: dict[str, float] = field(default_factory=dict)
+    predictions: tuple[int, ...] = ()
+
+
+@record
+class PairedTest:
+    """Exact McNemar test of two networks on the same images; `p_value` is two-sided."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    top1_difference: float
+    only_first_right: int
+    only_second_right: int
+    p_value: float
+
+
+@record
+class Latency:
+    """Milliseconds per batch from interleaved runs: `median_ms` and the 10th and 90th percentiles.
+
+    `ratio` is the median over rounds of (first network / this network): above 1 is faster than the first.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    runtime: str
+    device: str
+    threads: int
+    batch_size: int
+    rounds: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    ratio: float
+
+
+@record
+class TrainSettings:
+    """How to train or fine-tune; every field is a key of a recipe's `[train]` or `[finetune]` table."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    epochs: int = 30
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.1
+    label_smoothing: float = 0.1
+    ema_decay: float = 0.0
+    crop_padding: int = 2
+    flip: float = 0.5
+    erase: float = 0.0
+    clip_norm: float = 0.0
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    distill_weight: float = 0.7
+    distill_temperature: float = 2.0
+
+
+@record
+class HistoryEntry:
+    """One thing that was done to a network: the stage, and its settings and results as JSON values."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    stage: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@record
+class ArtifactHeader:
+    """Everything that an artifact says beside its tensors."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    arch: ArchSpec
+    geometry: dict[str, Geometry] = field(default_factory=dict)
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+    plan: Plan | None = None
+    history: tuple[HistoryEntry, ...] = ()
+
+
+@record
+class GateProfile:
+    """The gate of one site by channel: the all-class mean and spread, and the mean per class (Figure 5)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    site: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    per_class: dict[str, tuple[float, ...]]
+
+
+@record
+class StageResult:
+    """Accuracy after one stage of a run: dense, cut, repaired, fine-tuned; `seconds` the stage took."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    stage: Literal["dense", "cut", "repaired", "fine-tuned"]
+    evaluation: Evaluation
+    seconds: float
+
+
+@record
+class Exported:
+    """An exported file, checked against the torch network on real images; `max_abs_diff` of the logits.
+
+    `top1_agreement` is the share of the checked images with the same top-1 class; `latency_ms` the median
+    at batch 1.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    target: str
+    output: str
+    bytes: int
+    max_abs_diff: float
+    top1_agreement: float
+    images_checked: int
+    latency_ms: float
+
+
+@record
+class Run:
+    """All that a report shows of one compression run; nothing in it is computed by the report."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    command: str
+    arch: ArchSpec
+    data: str
+    classes: tuple[str, ...]
+    seed: int
+    environment: dict[str, str]
+    plan: Plan
+    cost_before: Cost
+    cost_after: Cost
+    bytes_before: int
+    bytes_after: int
+    max_abs_diff_masked: float
+    stages: tuple[StageResult, ...]
+    paired: PairedTest | None = None
+    latency: tuple[Latency, Latency] | None = None
+    sites: tuple[SiteSummary, ...] = ()
+    profiles: tuple[GateProfile, ...] = ()
+    exported: tuple[Exported, ...] = ()
+
+
+@functools.cache
+def _adapter(cls: type[Any]) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return the JSON of a record; `from_json` reads it back to an equal one."""
+    return str(_adapter(type(value)).dump_json(value, indent=indent).decode())
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Return a record as plain JSON values."""
+    return dict(_adapter(type(value)).dump_python(value, mode="json"))
+
+
+def from_json(cls: type[T], text: str | bytes, *, what: str = "record") -> T:
+    """Read a record from JSON.
+
+    Raises:
+        SePruneError: A key is unknown or missing, or a value has the wrong type.
+    """
+    return _validated(cls, lambda: _adapter(cls).validate_json(text), what)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, what: str = "record") -> T:
+    """Read a record from plain values; as `from_json`."""
+    return _validated(cls, lambda: _adapter(cls).validate_python(values), what)
+
+
+def _validated(cls: type[T], read: Any, what: str) -> T:
+    from pydantic import ValidationError
+
+    try:
+        return read()  # type: ignore[no-any-return]
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        hint = ""
+        if first["type"] in {"unexpected_keyword_argument", "extra_forbidden"} and dataclasses.is_dataclass(cls):
+            hint = nearest(str(first["loc"][-1]), [f.name for f in dataclasses.fields(cls)])
+        raise SePruneError(f"{what} is not valid: {where}: {first['msg']}{hint}.") from error

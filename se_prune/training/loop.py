@@ -1,0 +1,206 @@
+"""The training loop of `train` and `finetune`: one device, distillation, EMA, AMP, resume after each epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from se_prune.errors import DataError, SePruneError
+from se_prune.records import Preprocessing, TrainSettings, record, to_json
+from se_prune.training.optim import build_optimizer, learning_rate
+from se_prune.training.state import load_state, save_state
+
+if TYPE_CHECKING:
+    from se_prune.data import Split
+
+
+@record
+class StepLog:
+    """What one step reports: totals so far in the epoch."""
+
+    epoch: int
+    step: int
+    total_steps: int
+    loss: float
+    top1: float
+    images: int
+
+
+@record
+class TrainResult:
+    """The last epoch's mean loss and running training accuracy, and how many steps were run."""
+
+    steps: int
+    loss: float
+    train_top1: float
+
+
+@dataclass(slots=True)
+class _Run:
+    model: nn.Module
+    teacher: nn.Module | None
+    settings: TrainSettings
+    device: torch.device
+    amp: torch.dtype | None
+    forward: nn.Module
+
+
+def amp_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
+    """Return the autocast type: `auto` is bf16 on GPUs that have it, fp16 on older ones, none on the CPU."""
+    if settings.amp == "off" or (settings.amp == "auto" and device.type != "cuda"):
+        return None
+    if settings.amp == "fp16":
+        return torch.float16
+    if settings.amp == "auto" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL divergence of softened outputs, times T² (Hinton et al. 2015); logits (N, classes)."""
+    student = F.log_softmax(logits / temperature, dim=1)
+    target = F.log_softmax(teacher / temperature, dim=1)
+    return F.kl_div(student, target, log_target=True, reduction="batchmean") * temperature**2
+
+
+def fit(
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    *,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    no_decay: Collection[str] = (),
+    resume: Path | None = None,
+    on_step: Callable[[StepLog], None] | None = None,
+) -> TrainResult:
+    """Train `model` in place on augmented images of `split`; it ends on the CPU in eval mode.
+
+    Args:
+        model: The network, of any size.
+        split: Training images.
+        settings: Epochs, optimizer, augmentation, distillation.
+        preprocessing: Input size and normalisation.
+        device: Where to train.
+        seed: Fixes order and augmentation; weights come as they are.
+        teacher: The dense network to distil from, or None.
+        no_decay: Layers (by name) whose weights are not decayed, such as those of SE blocks.
+        resume: A folder that keeps the state after every epoch; a run found there goes on.
+        on_step: Called after every step.
+
+    Raises:
+        DataError: The split has no image.
+        SePruneError: The loss is not finite.
+        CheckpointError: `resume` holds another run.
+    """
+    if len(split) == 0:
+        raise DataError("there are no training images; check --data.")
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+    if teacher is not None:
+        teacher.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
+    optimizer = build_optimizer(model, settings, no_decay)
+    ema = _ema(model, settings)
+    modules: dict[str, nn.Module] = {"model": model}
+    if ema is not None:
+        modules["ema"] = ema.module
+    steps_per_epoch = max(1, len(split) // min(settings.batch_size, len(split)))
+    total = steps_per_epoch * settings.epochs
+    fingerprint = _fingerprint(settings, seed, len(split), model, teacher)
+    done = 0
+    if resume is not None:
+        resume.mkdir(parents=True, exist_ok=True)
+        done = load_state(resume, fingerprint, modules, optimizer)
+    forward = torch.compile(model) if settings.compile else model
+    run = _Run(model, teacher, settings, device, amp_dtype(settings, device), forward)  # type: ignore[arg-type]
+    scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
+    result = TrainResult(steps=done, loss=float("nan"), train_top1=float("nan"))
+    for epoch in range(done // steps_per_epoch, settings.epochs):
+        loss_sum, right, seen = 0.0, 0, 0
+        batches = split.training_batches(settings, preprocessing, seed=seed, epoch=epoch)
+        for index, (images, labels) in enumerate(batches):
+            step = epoch * steps_per_epoch + index
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step, total)
+            loss, correct = _step(run, images, labels, optimizer, scaler, layout)
+            if ema is not None:
+                ema.update(model, step=step + 1)
+            loss_sum, right, seen = loss_sum + loss * len(labels), right + correct, seen + len(labels)
+            if on_step is not None:
+                on_step(
+                    StepLog(
+                        epoch=epoch,
+                        step=step + 1,
+                        total_steps=total,
+                        loss=loss_sum / seen,
+                        top1=right / seen,
+                        images=seen,
+                    )
+                )
+        result = TrainResult(
+            steps=(epoch + 1) * steps_per_epoch, loss=loss_sum / seen, train_top1=right / seen
+        )
+        if resume is not None:
+            save_state(resume, fingerprint, result.steps, modules, optimizer)
+    if ema is not None:
+        model.load_state_dict(ema.module.state_dict())
+    model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    return result
+
+
+def _step(
+    run: _Run,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    layout: torch.memory_format,
+) -> tuple[float, int]:
+    """One optimizer step; returns the batch's mean loss and how many images were right."""
+    settings = run.settings
+    images = images.to(run.device, memory_format=layout, non_blocking=True)
+    labels = labels.to(run.device, non_blocking=True)
+    with torch.autocast(run.device.type, run.amp or torch.bfloat16, enabled=run.amp is not None):
+        logits = run.forward(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+        if run.teacher is not None:
+            with torch.no_grad():
+                target = run.teacher(images)
+            soft = distillation_loss(logits.float(), target.float(), settings.distill_temperature)
+            loss = (1 - settings.distill_weight) * loss + settings.distill_weight * soft
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    if settings.clip_norm > 0:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    value = float(loss.detach())
+    if value != value:
+        raise SePruneError("the training loss is not a number; lower the learning rate (--lr) or use --amp off.")
+    return value, int((logits.detach().argmax(1) == labels).sum())
+
+
+def _ema(model: nn.Module, settings: TrainSettings):  # type: ignore[no-untyped-def]
+    if settings.ema_decay <= 0:
+        return None
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True)
+
+
+def _fingerprint(
+    settings: TrainSettings, seed: int, images: int, model: nn.Module, teacher: nn.Module | None
+) -> str:
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+    text = f"{to_json(settings)} {seed} {images} {shapes} {teacher is not None}"
+    return hashlib.sha256(text.encode()).hexdigest()

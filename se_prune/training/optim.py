@@ -1,0 +1,43 @@
+"""The optimizer and its learning rate, both as pure functions of the settings and the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_prune.records import TrainSettings
+
+
+def build_optimizer(
+    model: nn.Module, settings: TrainSettings, no_decay: Collection[str]
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum or AdamW; biases, BN and the layers in `no_decay` are not decayed."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        (free if parameter.ndim <= 1 or layer in no_decay else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
+    return torch.optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
+    )
+
+
+def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
+    """Linear warm-up over the share `warmup` of all steps, then cosine to zero (or constant)."""
+    warm = settings.warmup * total
+    if step < warm:
+        return settings.lr * (step + 1) / max(1.0, warm)
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = (step - warm) / max(1.0, total - warm)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,164 @@
+"""Names of architectures to networks: `zoo:`, `timm:`, `torchvision:`, `pytorchcv:`, `package.module:factory`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from torch import nn
+
+from se_prune.errors import CheckpointError, UsageError, nearest
+from se_prune.records import ArchSpec, Preprocessing
+from se_prune.zoo.mobilenet import MobileNet
+from se_prune.zoo.resnet import CifarResNet
+
+FASHION = Preprocessing(input_size=(1, 28, 28), mean=(0.2860,), std=(0.3530,))
+IMAGENET = Preprocessing(input_size=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+SMALL = {"num_classes": 10, "in_channels": 1}
+LIBRARIES = ("zoo", "timm", "torchvision", "pytorchcv")
+#: Arguments that may stand in an artifact for a library's factory; anything else could load files.
+COMMON_KWARGS = frozenset({"num_classes", "in_channels"})
+
+
+def _zoo() -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Preprocessing]]:
+    table: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Preprocessing]] = {}
+    for depth in (20, 32, 56, 110):
+        for prefix, se in (("se_", True), ("", False)):
+            table[f"{prefix}resnet{depth}"] = (CifarResNet, {"depth": depth, "se": se, **SMALL}, FASHION)
+    for prefix, se in (("se_", True), ("", False)):
+        table[f"{prefix}mobilenet"] = (MobileNet, {"se": se}, IMAGENET)
+        small = {"width": 0.25, "small_input": True, "reduction": 8, "min_hidden": 4, "se": se, **SMALL}
+        table[f"{prefix}mobilenet_x025"] = (MobileNet, small, FASHION)
+    return table
+
+
+ZOO = _zoo()
+
+
+def names(library: str) -> list[str]:
+    """Return the architecture names of a library, sorted.
+
+    Raises:
+        UsageError: The library is not installed.
+    """
+    if library == "zoo":
+        return sorted(ZOO)
+    if library == "timm":
+        import timm
+
+        return list(timm.list_models())
+    if library == "torchvision":
+        from torchvision import models
+
+        return sorted(models.list_models(module=models))
+    return sorted(_pytorchcv_models())
+
+
+@functools.cache
+def _pytorchcv_models() -> dict[str, Any]:
+    try:
+        provider = importlib.import_module("pytorchcv.model_provider")
+    except ImportError as error:
+        raise UsageError("pytorchcv is not installed: pip install pytorchcv") from error
+    return dict(provider._models)
+
+
+def resolve(ref: str, **kwargs: Any) -> ArchSpec:
+    """Return the spec of an architecture reference; a bare name is looked up library by library.
+
+    Args:
+        ref: As `--arch` takes it.
+        **kwargs: Arguments of the factory, such as `num_classes`.
+
+    Raises:
+        UsageError: No library has that name; the message gives the nearest one.
+    """
+    library, _, name = ref.rpartition(":")
+    if not library:
+        for candidate in LIBRARIES:
+            if candidate == "pytorchcv" and importlib.util.find_spec("pytorchcv") is None:
+                continue
+            if name in names(candidate):
+                return ArchSpec(ref=f"{candidate}:{name}", kwargs=kwargs)
+        known: Iterable[str] = [n for library in ("zoo", "timm") for n in names(library)]
+        raise UsageError(f"no architecture is called '{ref}'{nearest(ref, known)}; `se-prune archs` lists them.")
+    if library in LIBRARIES and name not in names(library):
+        raise UsageError(
+            f"{library} has no architecture '{name}'{nearest(name, names(library))}; `se-prune archs` lists them."
+        )
+    return ArchSpec(ref=ref, kwargs=kwargs)
+
+
+def is_trusted(spec: ArchSpec) -> bool:
+    """Say whether a spec read from a file may be built: a known library, and arguments that load nothing."""
+    library, _, name = spec.ref.rpartition(":")
+    if library == "zoo" and name in ZOO:
+        factory = ZOO[name][0]
+        return set(spec.kwargs) <= set(inspect.signature(factory).parameters)
+    return library in LIBRARIES and set(spec.kwargs) <= COMMON_KWARGS
+
+
+def build(spec: ArchSpec) -> nn.Module:
+    """Build the dense network of a spec with random weights.
+
+    Raises:
+        UsageError: The factory is missing or refuses its arguments.
+    """
+    library, _, name = spec.ref.rpartition(":")
+    kwargs = dict(spec.kwargs)
+    try:
+        if library == "zoo":
+            factory, defaults, _ = ZOO[name]
+            return factory(**{**defaults, **kwargs})
+        if library == "timm":
+            import timm
+
+            if "in_channels" in kwargs:
+                kwargs["in_chans"] = kwargs.pop("in_channels")
+            return cast(nn.Module, timm.create_model(name, pretrained=False, **kwargs))
+        if library == "torchvision":
+            from torchvision import models
+
+            return cast(nn.Module, models.get_model(name, weights=None, **kwargs))
+        if library == "pytorchcv":
+            return cast(nn.Module, _pytorchcv_models()[name](pretrained=False, **kwargs))
+        return _user_factory(library, name)(**kwargs)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot build {spec.ref} with {kwargs}: {error}.") from error
+
+
+def _user_factory(module: str, name: str) -> Callable[..., nn.Module]:
+    try:
+        return cast(Callable[..., nn.Module], getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"cannot import '{name}' from '{module}': {error}; --arch takes LIBRARY:NAME or package.module:factory."
+        ) from error
+
+
+def default_preprocessing(spec: ArchSpec, model: nn.Module | None = None) -> Preprocessing:
+    """Return the architecture's own input size, mean and standard deviation."""
+    library, _, name = spec.ref.rpartition(":")
+    if library == "zoo":
+        if name not in ZOO:
+            raise CheckpointError(f"the zoo has no architecture '{name}'{nearest(name, ZOO)}.")
+        base = ZOO[name][2]
+    elif library == "timm" and model is not None and hasattr(model, "pretrained_cfg"):
+        from timm.data import resolve_data_config
+
+        config = resolve_data_config({}, model=model)
+        base = Preprocessing(
+            input_size=tuple(config["input_size"]), mean=tuple(config["mean"]), std=tuple(config["std"])
+        )
+    else:
+        base = IMAGENET
+    channels = int(spec.kwargs.get("in_channels", base.input_size[0]))
+    if channels == base.input_size[0]:
+        return base
+    mean, std = sum(base.mean) / len(base.mean), sum(base.std) / len(base.std)
+    return Preprocessing(
+        input_size=(channels, *base.input_size[1:]), mean=(mean,) * channels, std=(std,) * channels
+    )
