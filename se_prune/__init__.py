@@ -21,7 +21,7 @@ _API = {
     "evaluate": "se_prune.evaluate",
     "fit": "se_prune.training",
 }
-__all__ = ["__version__", *_API]
+__all__ = ["__version__", *_API]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -140,9 +140,7 @@ def read_header(path: str | Path) -> ArtifactHeader:
     try:
         return from_json(ArtifactHeader, metadata[HEADER_KEY], what=f"the header of {path}")
     except SePruneError as error:
-        raise CheckpointError(
-            f"{error} It was written by another version, or is damaged."
-        ) from error
+        raise CheckpointError(f"{error} It was written by another version, or is damaged.") from error
 
 
 def load(path: str | Path, *, trust: str | None = None) -> Network:
@@ -197,6 +195,9 @@ def short_mismatch(error: RuntimeError, limit: int = 3) -> str:
     return "; ".join(line[:200] for line in lines[:limit]) + more
 
 
-def with_module(network: Network, module: nn.Module) -> Network:
-    """Return a network with the same header around another module of the same sizes."""
-    return Network(module=module, header=copy.copy(network.header))
+def clone(module: nn.Module) -> nn.Module:
+    """Return a copy of a module on the CPU, without gradients, in eval mode."""
+    result = copy.deepcopy(module).cpu().eval()
+    for parameter in result.parameters():
+        parameter.grad = None
+    return result

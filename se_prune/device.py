@@ -22,5 +22,7 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used here ({reason}); use auto, cuda, mps or cpu.") from error
+        raise UsageError(
+            f"--device {name} cannot be used here ({reason}); use auto, cuda, mps or cpu."
+        ) from error
     return device

@@ -100,7 +100,7 @@ def evaluate(
     predicted = torch.cat(predictions)
     hit = predicted == split.labels
     per_class = {}
-    for label in split.labels.unique().tolist():
+    for label in torch.unique(split.labels).tolist():
         name = classes[label] if label < len(classes) else str(label)
         per_class[name] = float(hit[split.labels == label].double().mean())
     n, right = len(split), int(hit.sum())

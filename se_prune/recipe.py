@@ -4,13 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from se_prune.errors import SePruneError, UsageError
-from se_prune.records import TrainSettings, from_dict
+from se_prune.errors import SePruneError, UsageError, nearest
+from se_prune.records import FORBID_EXTRA, Budget, TrainSettings, from_dict, record
 
 FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 2, "lr": 0.02, "warmup": 0.1}
+BUNDLED = Path(__file__).parent / "_recipes"
+SOURCE = Path(__file__).parent.parent / "recipes"
+
+
+@record
+class ModelTable:
+    """`[model]`: what to compress, as MODEL and `--arch` take it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    ref: str
+    arch: str | None = None
+    pretrained: bool = False
+
+
+@record
+class ApplyTable:
+    """`[apply]`: exactly one of the budgets, and how to cut."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    sparsity: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    criterion: str = "excitation"
+    round_to: int = 1
+    min_channels: int = 2
+    repair: bool = True
+
+
+@record
+class RunRecipe:
+    """A whole run: `[model]`, `data`, `[apply]`, `[finetune]` (left out: no training), `export` targets."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    model: ModelTable
+    data: str
+    apply: ApplyTable
+    finetune: TrainSettings | None = None
+    export: tuple[str, ...] = ()
+    name: str | None = None
+    seed: int = 0
+    latency_rounds: int = 50
+
+
+@record
+class _TrainFile:
+    """A recipe of `train` or `finetune`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    train: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -22,9 +73,60 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read the recipe {path}: {error.strerror}.") from error
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror}; check the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}.") from error
+        raise UsageError(f"{path} is not TOML: {error}; see recipes/ for examples.") from error
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return a recipe file: a path, or the name of one that ships with se-prune.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = BUNDLED if BUNDLED.is_dir() else SOURCE
+    shipped = {p.stem: p for p in sorted(folder.glob("*.toml"))}
+    if path.suffix in {"", ".toml"} and path.stem in shipped and path.parent == Path():
+        return shipped[path.stem]
+    raise UsageError(
+        f"there is no recipe {name}{nearest(path.stem, shipped)}; give a TOML file or one of: {', '.join(shipped)}."
+    )
+
+
+def budget_of(sparsity: float | None, macs: float | None, params: float | None) -> Budget:
+    """Return the one budget that was given.
+
+    Raises:
+        UsageError: None or several were given.
+    """
+    options: dict[Literal["sparsity", "macs", "params"], float | None] = {
+        "sparsity": sparsity,
+        "macs": macs,
+        "params": params,
+    }
+    given = [(kind, value) for kind, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise UsageError("give exactly one budget: --sparsity, --macs or --params, such as --macs 0.5.")
+    return Budget(kind=given[0][0], value=given[0][1])
+
+
+def read_run(path: Path) -> RunRecipe:
+    """Read a recipe of `se-prune run`.
+
+    Raises:
+        UsageError: A key is unknown or missing, or a value has the wrong type.
+    """
+    values = read_toml(path)
+    if isinstance(values.get("finetune"), dict):
+        values["finetune"] = {**FINETUNE_DEFAULTS, **values["finetune"]}
+    recipe: RunRecipe = _checked(RunRecipe, values, str(path))
+    budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params)
+    if recipe.finetune is not None:
+        _check_ranges(recipe.finetune, f"[finetune] of {path}")
+    return recipe
 
 
 def train_settings(path: Path | None, table: Literal["train", "finetune"], **overrides: Any) -> TrainSettings:
@@ -34,29 +136,38 @@ def train_settings(path: Path | None, table: Literal["train", "finetune"], **ove
         UsageError: A key is unknown or a value has the wrong type.
     """
     values: dict[str, Any] = dict(FINETUNE_DEFAULTS) if table == "finetune" else {}
+    what = f"[{table}]"
     if path is not None:
-        values |= read_toml(path).get(table, {})
+        document = _checked(_TrainFile, read_toml(path), str(path))
+        values |= getattr(document, table)
+        what = f"[{table}] of {path}"
     values |= {key: value for key, value in overrides.items() if value is not None}
-    return settings_from(values, f"[{table}] of {path}" if path else f"[{table}]")
+    settings: TrainSettings = _checked(TrainSettings, values, what)
+    _check_ranges(settings, what)
+    return settings
 
 
-def settings_from(values: dict[str, Any], what: str) -> TrainSettings:
-    """Validate training settings.
-
-    Raises:
-        UsageError: A key is unknown, or a value has the wrong type or is out of range.
-    """
+def _checked(cls: type[Any], values: dict[str, Any], what: str) -> Any:
     try:
-        settings = from_dict(TrainSettings, values, what=what)
+        return from_dict(cls, values, what=what)
     except SePruneError as error:
         raise UsageError(str(error)) from error
-    limits = {"epochs": 1, "batch_size": 1, "lr": 0.0, "warmup": 0.0, "crop_padding": 0}
+
+
+def _check_ranges(settings: TrainSettings, what: str) -> None:
+    limits = {
+        "epochs": 1,
+        "batch_size": 1,
+        "lr": 0.0,
+        "warmup": 0.0,
+        "crop_padding": 0,
+        "distill_temperature": 1e-3,
+    }
     for name, least in limits.items():
         if getattr(settings, name) < least:
             raise UsageError(f"{what}: {name} must be at least {least}, got {getattr(settings, name)}.")
-    return settings
 
 
 def known_settings() -> list[str]:
     """Return the keys of `[train]` and `[finetune]`."""
-    return [field.name for field in dataclasses.fields(TrainSettings)]
+    return [f.name for f in dataclasses.fields(TrainSettings)]

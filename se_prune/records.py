@@ -7,17 +7,21 @@ Every record is a frozen, slotted, keyword-only dataclass; those that reach a fi
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Final, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from se_prune.errors import SePruneError, nearest
 
-record = functools.partial(dataclass, frozen=True, slots=True, kw_only=True)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 FORBID_EXTRA: dict[str, Any] = {"extra": "forbid", "ser_json_inf_nan": "constants"}
 
 T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+def record(cls: type[T]) -> type[T]:
+    """Make a class a frozen, slotted, keyword-only dataclass, in a way that type checkers see."""
+    return dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
 @record
@@ -76,8 +80,9 @@ class GateSite:
     """One SE block: where the multiply happens and the layers that compute its gate.
 
     `owner` is the module whose forward multiplies (the `call`-th time it runs, the `multiply`-th multiply
-    in it, with the gate as operand `gate_operand`); `reduce` and `expand` name the two FC layers (`reduce` is None for a gate of one layer); `hidden`
-    is 0 then. `features` is the layer whose output channels the gate scales, where the trace shows one.
+    in it, with the gate as operand `gate_operand`); `reduce` and `expand` name the two FC layers (`reduce` is
+    None for a gate of one layer, `hidden` is 0 then). `features` is the layer whose output channels the gate
+    scales, where the trace shows one.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -113,6 +118,44 @@ class ChannelGroup:
     site: str | None = None
     prunable: bool = True
     reason: str | None = None
+
+
+@record
+class LayerSlice:
+    """What one layer has to do with a group: its channel `index[i]` belongs to the group's channel `root[i]`.
+
+    `role`: the layer makes the channels (`out`), reads them (`in`), or maps each to itself (`channelwise`: BN,
+    depthwise convolutions).
+    """
+
+    layer: str
+    role: Literal["out", "in", "channelwise"]
+    index: tuple[int, ...]
+    root: tuple[int, ...]
+
+
+@record
+class Coupling:
+    """A channel group with every layer that its channels touch."""
+
+    group: ChannelGroup
+    slices: tuple[LayerSlice, ...]
+
+    def layers(self, role: str) -> tuple[str, ...]:
+        """Return the names of the layers with a role."""
+        return tuple(s.layer for s in self.slices if s.role == role)
+
+
+@record
+class LayerCost:
+    """The size and the MACs of one convolution or fully connected layer, or of a BN (`macs` 0)."""
+
+    in_channels: int
+    out_channels: int
+    weights: int
+    biases: int
+    macs: int
+    channelwise: bool
 
 
 @record
@@ -375,11 +418,15 @@ class Run:
     exported: tuple[Exported, ...] = ()
 
 
-@functools.cache
+_ADAPTERS: dict[Any, Any] = {}
+
+
 def _adapter(cls: type[Any]) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cls)
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -406,6 +453,18 @@ def from_dict(cls: type[T], values: dict[str, Any], *, what: str = "record") -> 
     return _validated(cls, lambda: _adapter(cls).validate_python(values), what)
 
 
+def _keys(cls: type[Any]) -> set[str]:
+    """Return the field names of a record and of the records in it."""
+    keys: set[str] = set()
+    if dataclasses.is_dataclass(cls):
+        for name, hint in get_type_hints(cls).items():
+            keys.add(name)
+            for part in (hint, *get_args(hint)):
+                if isinstance(part, type) and part is not cls:
+                    keys |= _keys(part)
+    return keys - {"__pydantic_config__"}
+
+
 def _validated(cls: type[T], read: Any, what: str) -> T:
     from pydantic import ValidationError
 
@@ -415,6 +474,6 @@ def _validated(cls: type[T], read: Any, what: str) -> T:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         hint = ""
-        if first["type"] in {"unexpected_keyword_argument", "extra_forbidden"} and dataclasses.is_dataclass(cls):
-            hint = nearest(str(first["loc"][-1]), [f.name for f in dataclasses.fields(cls)])
+        if first["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+            hint = nearest(str(first["loc"][-1]), _keys(cls))
         raise SePruneError(f"{what} is not valid: {where}: {first['msg']}{hint}.") from error

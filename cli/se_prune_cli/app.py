@@ -6,6 +6,7 @@ import importlib
 import sys
 
 import typer
+
 from se_prune import __version__
 from se_prune.errors import SePruneError
 
@@ -16,7 +17,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-COMMANDS = ("train",)
+COMMANDS = (
+    "demo",
+    "archs",
+    "inspect",
+    "analyze",
+    "apply",
+    "finetune",
+    "evaluate",
+    "report",
+    "export",
+    "train",
+    "run",
+)
 
 
 def _version(show: bool) -> None:
@@ -27,7 +40,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _main(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     pass
 

@@ -5,23 +5,37 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
 Seed = Annotated[int, typer.Option("--seed", help="Fixes every random choice.")]
 Model = Annotated[str, typer.Argument(help="An artifact, a checkpoint file, or an architecture reference.")]
-Arch = Annotated[str | None, typer.Option("--arch", help="Architecture of a checkpoint, as `archs` names it.")]
+Arch = Annotated[
+    str | None, typer.Option("--arch", help="Architecture of a checkpoint, as `archs` names it.")
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the library's own weights.")]
 Data = Annotated[str, typer.Option("--data", help="fashion-mnist, a folder, or a timm scheme.")]
-OptionalData = Annotated[str | None, typer.Option("--data", help="fashion-mnist, a folder, or a timm scheme.")]
-InputSize = Annotated[str | None, typer.Option("--input-size", help="C,H,W or H,W; overrides the model's own.")]
+OptionalData = Annotated[
+    str | None, typer.Option("--data", help="fashion-mnist, a folder, or a timm scheme.")
+]
+InputSize = Annotated[
+    str | None, typer.Option("--input-size", help="C,H,W or H,W; overrides the model's own.")
+]
 Mean = Annotated[str | None, typer.Option("--mean", help="Comma-separated channel means; overrides.")]
 Std = Annotated[str | None, typer.Option("--std", help="Comma-separated channel deviations; overrides.")]
 
@@ -55,29 +69,58 @@ class Output:
             sys.stdout.write("\n")
 
 
-@contextlib.contextmanager
-def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on stderr; the yielded function takes `advance`, `total` and `note`."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=ERR,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(title, total=total, note="")
+class Progressed:
+    """Shows the stages of a job as progress bars on stderr; each leaves one line when it is done."""
 
-        def update(advance: int = 1, *, total: int | None = None, note: str | None = None) -> None:
-            fields = {} if note is None else {"note": note}
-            if total is not None:
-                bar.update(task, total=total)
-            bar.update(task, advance=advance, **fields)  # type: ignore[arg-type]
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """Open a bar; the yielded function takes the advance, and `total` and `note` where they change."""
+        started = time.monotonic()
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=ERR,
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task(title, total=total, note="")
 
-        yield update
+            def update(advance: int = 1, *, total: int | None = None, note: str | None = None) -> None:
+                if total is not None:
+                    bar.update(task, total=total)
+                if note is not None:
+                    bar.update(task, note=note)
+                bar.update(task, advance=advance)
+
+            yield update
+        ERR.print(f"[dim]{title}: {time.monotonic() - started:.1f} s[/dim]", highlight=False)
+
+
+def model_options(
+    arch: str | None, pretrained: bool, input_size: str | None, mean: str | None, std: str | None
+) -> dict[str, Any]:
+    """Return the options of MODEL as `checkpoint.open_model` takes them."""
+    from se_prune.checkpoint import parse_floats, parse_size
+
+    return {
+        "arch": arch,
+        "pretrained": pretrained,
+        "input_size": None if input_size is None else parse_size(input_size),
+        "mean": None if mean is None else parse_floats(mean),
+        "std": None if std is None else parse_floats(std),
+    }
+
+
+def preprocessing_line(preprocessing: Any) -> str:
+    """Return what is done to the pixels, to be printed."""
+    size = "×".join(map(str, preprocessing.input_size))
+    mean = ", ".join(f"{m:.4g}" for m in preprocessing.mean)
+    std = ", ".join(f"{s:.4g}" for s in preprocessing.std)
+    return f"input {size}, mean {mean}, std {std}"
 
 
 def percent(value: float, digits: int = 2) -> str:
@@ -85,6 +128,9 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def millions(value: int) -> str:
-    """Return a count in millions, or in thousands below one."""
-    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.1f} k"
+def count(value: int) -> str:
+    """Return a count with a unit: 3.86 G, 31.4 M, 280.7 k."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return str(value)

@@ -64,7 +64,7 @@ def normalise(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tenso
 
 def augment(images: torch.Tensor, settings: TrainSettings, generator: torch.Generator) -> torch.Tensor:
     """Random shift (zero padding), horizontal flip and random erasing (Zhong et al. 2017) of bytes."""
-    n, channels, height, width = images.shape
+    n, _, height, width = images.shape
     rows = torch.arange(height).expand(n, height)
     columns = torch.arange(width).expand(n, width)
     if settings.flip > 0:

@@ -109,7 +109,7 @@ class FolderImages:
                 labels = getattr(source, "targets", None)
                 if labels is None:
                     labels = [int(source[i][1]) for i in range(len(source))]
-            except Exception as error:  # noqa: BLE001 - timm's readers raise whatever their library raises
+            except Exception as error:
                 raise DataError(f"timm cannot open '{ref}' ({split}): {error}.") from error
             targets = torch.as_tensor(labels)
             names = getattr(source, "classes", None) or [str(i) for i in range(int(targets.max()) + 1)]

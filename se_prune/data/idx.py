@@ -32,7 +32,9 @@ def read_idx(path: Path) -> torch.Tensor:
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise DataError(f"{path} is not a whole idx file ({error}); copy it again.") from error
     if zero != 0 or kind != 8:
-        raise DataError(f"{path} is not an idx file of bytes; give a folder with the four Fashion-MNIST files.")
+        raise DataError(
+            f"{path} is not an idx file of bytes; give a folder with the four Fashion-MNIST files."
+        )
     return torch.from_numpy(values.copy())
 
 

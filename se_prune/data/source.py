@@ -88,7 +88,9 @@ def _fashion(ref: str, prefixes: tuple[str, str], folder: Path) -> DataSource:
     for prefix in prefixes:
         pair = idx.find_pair(folder, prefix)
         if pair is None:
-            raise DataError(f"{folder} has no {prefix}-images-idx3-ubyte with its labels; give all four idx files.")
+            raise DataError(
+                f"{folder} has no {prefix}-images-idx3-ubyte with its labels; give all four idx files."
+            )
         images, labels = idx.read_pair(*pair)
         if labels.max() >= len(idx.CLASSES):
             raise DataError(f"{pair[1]} has label {int(labels.max())}; Fashion-MNIST has ten classes.")
@@ -101,7 +103,9 @@ def _fashion(ref: str, prefixes: tuple[str, str], folder: Path) -> DataSource:
 def _images(ref: str, train: Any, test: Any) -> DataSource:
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))[:3]
-        raise DataError(f"{ref}: train and val have different classes ({', '.join(differ)} …); make them equal.")
+        raise DataError(
+            f"{ref}: train and val have different classes ({', '.join(differ)} …); make them equal."
+        )
     return DataSource(ref=ref, classes=train.classes, train=train, test=test)
 
 
@@ -113,7 +117,7 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
     order = torch.randperm(len(split), generator=generator)
     labels = split.labels[order]
     rank = torch.zeros(len(labels), dtype=torch.long)
-    for label in labels.unique():
+    for label in torch.unique(labels):
         mask = labels == label
         rank[mask] = torch.arange(int(mask.sum()))
     chosen = torch.sort(rank, stable=True).indices[:count]

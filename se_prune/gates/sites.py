@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,7 +23,9 @@ CHANNELWISE = frozenset(
         "view", "_unsafe_view", "expand",
     }
 )  # fmt: skip
-GATE_ACTIVATIONS = frozenset({"sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "clamp", "clamp_", "div", "hardtanh"})
+GATE_ACTIVATIONS = frozenset(
+    {"sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "clamp", "clamp_", "div", "hardtanh"}
+)
 
 
 def positions(shape: tuple[int, ...]) -> int:
@@ -41,64 +44,54 @@ def find_sites(model: nn.Module, example: torch.Tensor) -> tuple[GateSite, ...]:
         The sites in the order in which they run. Empty where there is none.
     """
     record = trace(model, example)
-    modules = dict(model.named_modules())
     sites: list[GateSite] = []
     used: collections.Counter[str] = collections.Counter()
     for node in record.nodes:
         if node.op not in {"mul", "mul_"} or node.multiply is None or len(node.operands) < 2:
             continue
-        for operand in (1, 0):
-            site = _site(record, node, operand, modules)
-            if site is not None:
-                used[site[0]] += 1
-                name = site[0] if used[site[0]] == 1 else f"{site[0]}#{used[site[0]]}"
-                sites.append(site[1](name))
-                break
+        site = _site(record, node, 1) or _site(record, node, 0)
+        if site is not None:
+            used[site.name] += 1
+            times = used[site.name]
+            sites.append(site if times == 1 else replace(site, name=f"{site.name}#{times}"))
     return tuple(sites)
 
 
-def _site(record: Trace, node: Node, operand: int, modules: dict[str, nn.Module]):  # type: ignore[no-untyped-def]
+def _site(record: Trace, node: Node, operand: int) -> GateSite | None:
+    """Return the site of a multiply whose `operand` is the gate, or None if it is no gate."""
     gate_index, features_index = node.operands[operand], node.operands[1 - operand]
     if gate_index is None or features_index is None or gate_index == features_index:
         return None
-    if len(node.shape) != 4 or positions(node.shape) == 1:
-        return None
     gate_index = _unexpanded(record, gate_index)
-    if positions(record.nodes[gate_index].shape) != 1:
+    if len(node.shape) != 4 or positions(node.shape) == 1 or positions(record.nodes[gate_index].shape) != 1:
         return None
     path = _path_to_squeeze(record, gate_index)
-    if path is None:
+    if path is None or not _same_map(record, path[0], features_index):
         return None
-    source, chain = path
-    if not _same_map(record, source, features_index):
+    steps = [record.nodes[i] for i in path[1]]
+    layers = [i for i, step in enumerate(steps) if step.op in FC_OPS and step.layers]
+    if not layers:
         return None
-    layers = [record.nodes[i] for i in chain if record.nodes[i].op in FC_OPS and record.nodes[i].layers]
-    after = [record.nodes[i].op for i in chain if not layers or i > max(c for c in chain if record.nodes[c] is layers[-1])]
-    activation = next((op for op in after if op in GATE_ACTIVATIONS), None)
-    if not layers or activation is None:
+    activation = next((step.op for step in steps[layers[-1] :] if step.op in GATE_ACTIVATIONS), None)
+    if activation is None:
         return None
-    reduce, expand = (layers[0].layers[0], layers[-1].layers[0]) if len(layers) > 1 else (None, layers[0].layers[0])
-    hidden = layers[0].shape[1] if len(layers) > 1 else 0
-    name = node.module
-    if expand is not None and not expand.startswith(f"{name}."):
-        name = expand.rpartition(".")[0] or expand
-
-    def make(unique: str) -> GateSite:
-        return GateSite(
-            name=unique,
-            owner=node.module,
-            call=node.call,
-            multiply=node.multiply or 0,
-            gate_operand=operand,
-            channels=node.shape[1],
-            hidden=hidden,
-            reduce=reduce,
-            expand=expand,
-            features=_maker(record, features_index),
-            gate_activation=activation,
-        )
-
-    return name, make
+    first, last = steps[layers[0]], steps[layers[-1]]
+    two = len(layers) > 1
+    expand = last.layers[0]
+    inside = expand.startswith(f"{node.module}.")
+    return GateSite(
+        name=node.module if inside else expand.rpartition(".")[0] or expand,
+        owner=node.module,
+        call=node.call,
+        multiply=node.multiply or 0,
+        gate_operand=operand,
+        channels=node.shape[1],
+        hidden=first.shape[1] if two else 0,
+        reduce=first.layers[0] if two else None,
+        expand=expand,
+        features=_maker(record, features_index),
+        gate_activation=activation,
+    )
 
 
 def _unexpanded(record: Trace, index: int) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 
 from se_prune.errors import CheckpointError, DataError
 from se_prune.files import whole_file
+from se_prune.gates.energies import ChannelEnergies
 from se_prune.gates.tap import tap
 from se_prune.records import SCHEMA_VERSION, GateSite, Preprocessing, from_dict, to_dict
 
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 
 BINS = 64
 HEADER_KEY = "se_prune_statistics"
+ENERGY = "energy:"
+ENERGY_COUNTS = "energy-counts"
 
 
 @dataclass(slots=True, kw_only=True)
 class SiteSums:
     """Sums over images of one site: gates and energies per class and channel (K, C), histogram (C, B).
 
-    `u2` is E-less Σ mean_hw u², so `su2` = Σ s·mean u² and `s2u2` = Σ s²·mean u² = Σ mean v²; `v` = Σ mean v.
+    `u2` is Σ mean_hw u², so `su2` = Σ s·mean u² and `s2u2` = Σ s²·mean u² = Σ mean v²; `v` = Σ mean v.
     """
 
     s: torch.Tensor
@@ -70,12 +73,16 @@ class SiteSums:
 
 @dataclass(slots=True, kw_only=True)
 class Statistics:
-    """The statistics of a network on `counts.sum()` images; `counts` (K,) images per class."""
+    """The statistics of a network on `counts.sum()` images; `counts` (K,) images per class.
+
+    `energies` stands beside them where it was measured, on its own (smaller) set of images.
+    """
 
     classes: tuple[str, ...]
     counts: torch.Tensor
     sites: tuple[GateSite, ...]
     sums: dict[str, SiteSums]
+    energies: ChannelEnergies | None = None
 
     @property
     def n(self) -> int:
@@ -91,8 +98,15 @@ class Statistics:
         if self.sites != other.sites or self.classes != other.classes:
             raise DataError("these statistics are of different networks or classes and cannot be merged.")
         sums = {name: value.merged(other.sums[name]) for name, value in self.sums.items()}
+        energies = None
+        if self.energies is not None and other.energies is not None:
+            energies = self.energies.merged(other.energies)
         return Statistics(
-            classes=self.classes, counts=self.counts + other.counts, sites=self.sites, sums=sums
+            classes=self.classes,
+            counts=self.counts + other.counts,
+            sites=self.sites,
+            sums=sums,
+            energies=energies,
         )
 
     def save(self, path: str | Path) -> None:
@@ -100,6 +114,9 @@ class Statistics:
         tensors = {"counts": self.counts}
         for name, value in self.sums.items():
             tensors |= {f"{name}/{f.name}": getattr(value, f.name).contiguous() for f in fields(value)}
+        if self.energies is not None:
+            tensors[ENERGY_COUNTS] = self.energies.counts
+            tensors |= {f"{ENERGY}{name}": value for name, value in self.energies.sums.items()}
         header = {
             "schema_version": SCHEMA_VERSION,
             "classes": list(self.classes),
@@ -125,15 +142,22 @@ class Statistics:
                 site.name: SiteSums(**{f.name: tensors[f"{site.name}/{f.name}"] for f in fields(SiteSums)})
                 for site in sites
             }
-            return cls(
-                classes=tuple(header["classes"]), counts=tensors["counts"], sites=sites, sums=sums
-            )
+            return cls(classes=tuple(header["classes"]), counts=tensors["counts"], sites=sites, sums=sums)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} does not exist; make it with `se-prune analyze`.") from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is not a statistics file of `se-prune analyze` ({error}); make it again."
             ) from error
+
+
+def _read_energies(tensors: dict[str, torch.Tensor]) -> ChannelEnergies | None:
+    if ENERGY_COUNTS not in tensors:
+        return None
+    return ChannelEnergies(
+        counts=tensors[ENERGY_COUNTS],
+        sums={k.removeprefix(ENERGY): v for k, v in tensors.items() if k.startswith(ENERGY)},
+    )
 
 
 @torch.no_grad()
@@ -199,7 +223,9 @@ class Collector:
         gate_energy = gate * energy
         columns = torch.cat([gate, gate * gate, energy, gate_energy, gate * gate_energy, gate * mean], 1)
         table = (self.onehot @ columns).cpu()
-        for name, part in zip(("s", "s2", "u2", "su2", "s2u2", "v"), table.split(channels, 1), strict=True):
+        for name, part in zip(
+            ("s", "s2", "u2", "su2", "s2u2", "v"), torch.split(table, channels, 1), strict=True
+        ):
             getattr(sums, name).add_(part)
         torch.minimum(sums.smin, gate.amin(0).cpu(), out=sums.smin)
         torch.maximum(sums.smax, gate.amax(0).cpu(), out=sums.smax)
@@ -212,4 +238,5 @@ class Collector:
 
 def _energy(u: torch.Tensor) -> torch.Tensor:
     """Return Σ_hw u² (N, C) in one read of `u`."""
-    return torch.linalg.vector_norm(u, dim=(2, 3)).square()
+    norm: torch.Tensor = torch.linalg.vector_norm(u, dim=(2, 3))
+    return norm.square()

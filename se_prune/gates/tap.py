@@ -61,7 +61,9 @@ def tap(model: nn.Module, sites: Sequence[GateSite], on_gate: OnGate) -> Iterato
     modules = dict(model.named_modules())
     missing = [name for name in by_owner if name not in modules]
     if missing:
-        raise SurgeryError(f"the network has no module '{missing[0]}'; these gate sites belong to another network.")
+        raise SurgeryError(
+            f"the network has no module '{missing[0]}'; these gate sites belong to another network."
+        )
     calls: dict[str, int] = {}
     handles = [
         modules[""].register_forward_pre_hook(lambda *_: calls.clear(), prepend=True),
@@ -85,10 +87,10 @@ def _hooks(
         calls[owner] = call + 1
         mode = _Tap({s.multiply: s for s in sites if s.call == call}, on_gate)
         stack.append(mode)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(*_: Any) -> None:
-        stack.pop().__exit__(None, None, None)
+        stack.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     return [
         module.register_forward_pre_hook(enter),

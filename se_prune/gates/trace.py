@@ -83,11 +83,13 @@ class _Multiplies(TorchFunctionMode):
             self.current = None
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends a node per ATen operation."""
 
-    def __init__(self, trace: Trace, stack: list[Frame], multiplies: _Multiplies, layers: dict[int, str]) -> None:
-        super().__init__()
+    def __init__(
+        self, trace: Trace, stack: list[Frame], multiplies: _Multiplies, layers: dict[int, str]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.stack, self.multiplies, self.layers = trace, stack, multiplies, layers
         self.producer: dict[int, int] = {}
         self.alive: list[torch.Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def fit(
             step = epoch * steps_per_epoch + index
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step, total)
-            loss, correct = _step(run, images, labels, optimizer, scaler, layout)
+            loss, correct = _step(run, images, labels, optimizer=optimizer, scaler=scaler, layout=layout)
             if ema is not None:
                 ema.update(model, step=step + 1)
             loss_sum, right, seen = loss_sum + loss * len(labels), right + correct, seen + len(labels)
@@ -161,6 +162,7 @@ def _step(
     run: _Run,
     images: torch.Tensor,
     labels: torch.Tensor,
+    *,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     layout: torch.memory_format,
@@ -185,8 +187,10 @@ def _step(
     scaler.step(optimizer)
     scaler.update()
     value = float(loss.detach())
-    if value != value:
-        raise SePruneError("the training loss is not a number; lower the learning rate (--lr) or use --amp off.")
+    if not math.isfinite(value):
+        raise SePruneError(
+            "the training loss is not a number; lower the learning rate (--lr) or use --amp off."
+        )
     return value, int((logits.detach().argmax(1) == labels).sum())
 
 

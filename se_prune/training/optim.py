@@ -16,7 +16,8 @@ def build_optimizer(
     model: nn.Module, settings: TrainSettings, no_decay: Collection[str]
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum or AdamW; biases, BN and the layers in `no_decay` are not decayed."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         layer = name.rpartition(".")[0]
         (free if parameter.ndim <= 1 or layer in no_decay else decayed).append(parameter)
@@ -27,9 +28,7 @@ def build_optimizer(
     groups = [g for g in groups if g["params"]]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr)
-    return torch.optim.SGD(
-        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
-    )
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:

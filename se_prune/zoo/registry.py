@@ -84,7 +84,9 @@ def resolve(ref: str, **kwargs: Any) -> ArchSpec:
             if name in names(candidate):
                 return ArchSpec(ref=f"{candidate}:{name}", kwargs=kwargs)
         known: Iterable[str] = [n for library in ("zoo", "timm") for n in names(library)]
-        raise UsageError(f"no architecture is called '{ref}'{nearest(ref, known)}; `se-prune archs` lists them.")
+        raise UsageError(
+            f"no architecture is called '{ref}'{nearest(ref, known)}; `se-prune archs` lists them."
+        )
     if library in LIBRARIES and name not in names(library):
         raise UsageError(
             f"{library} has no architecture '{name}'{nearest(name, names(library))}; `se-prune archs` lists them."

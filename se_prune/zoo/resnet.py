@@ -54,17 +54,21 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        width = 16
-        for stage, channels in enumerate((16, 32, 64), start=1):
+
+        def stage(previous: int, channels: int) -> nn.Sequential:
             blocks = []
             for index in range(depth // 6):
-                stride = 2 if stage > 1 and index == 0 else 1
+                stride = 2 if channels > 16 and index == 0 else 1
                 gate = SEBlock(channels, reduction, gain=gate_gain) if se else nn.Identity()
-                blocks.append(BasicBlock(width, channels, stride, gate, projection=width != channels))
-                width = channels
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+                blocks.append(BasicBlock(previous, channels, stride, gate, projection=previous != channels))
+                previous = channels
+            return nn.Sequential(*blocks)
+
+        self.layer1 = stage(16, 16)
+        self.layer2 = stage(16, 32)
+        self.layer3 = stage(32, 64)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(width, num_classes)
+        self.fc = nn.Linear(64, num_classes)
         init_convolutions(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from se_prune_cli.output import Data, Device, Json, Output, Seed, percent, progress
+from se_prune_cli.output import Data, Device, Json, Output, Progressed, Seed
+from se_prune_cli.tables import accuracy
 
 
 def command(
     arch: Annotated[str, typer.Option("--arch", help="Architecture, as `archs` names it.")],
     data: Data,
     output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write.")],
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="TOML file whose [train] table to use.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with a \\[train] table.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
     lr: Annotated[float | None, typer.Option(help="Overrides the recipe.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
@@ -26,27 +27,28 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Train a network from random weights and write it as an artifact."""
-    from se_prune import pipeline
-    from se_prune.recipe import train_settings
-    from se_prune.records import to_dict
+    from se_prune import artifact, pipeline
+    from se_prune.data import open_data
+    from se_prune.device import choose_device
+    from se_prune.pipeline.run import step_note
+    from se_prune.recipe import find_recipe, train_settings
 
     out = Output(as_json)
-    settings = train_settings(recipe, "train", epochs=epochs, lr=lr, batch_size=batch_size)
-    with progress(f"train {arch}") as update:
-
-        def show(log: pipeline.StepLog) -> None:
-            note = f"epoch {log.epoch + 1} loss {log.loss:.3f} top-1 {percent(log.top1)}"
-            update(1, total=log.total_steps, note=note)
-
-        result = pipeline.train(
-            arch, data, settings, output=output, seed=seed, device=device, resume=resume, on_step=show
+    file = None if recipe is None else find_recipe(recipe)
+    settings = train_settings(file, "train", epochs=epochs, lr=lr, batch_size=batch_size)
+    target, source = choose_device(device), open_data(data)
+    with Progressed().stage(f"train {arch}", None) as update:
+        network, result = pipeline.train(
+            arch,
+            source,
+            settings,
+            device=target,
+            seed=seed,
+            resume=resume,
+            on_step=lambda log: update(1, total=log.total_steps, note=step_note(log)),
         )
-    top1, (low, high) = result.top1, result.top1_ci95
-    out.table(
-        f"{output}",
-        ["images", "top-1", "95 % interval", "top-5"],
-        [[str(result.n), percent(top1), f"{percent(low)} to {percent(high)}", percent(result.top5)]],
+    artifact.save(output, network)
+    out.table(str(output), *accuracy([(arch, result)]))
+    out.document(
+        {"n": result.n, "top1": result.top1, "top1_ci95": list(result.top1_ci95), "output": str(output)}
     )
-    document = to_dict(result)
-    document.pop("predictions")
-    out.document({**document, "output": str(output)})

@@ -1,0 +1,75 @@
+"""`se-prune analyze`: what the gates say on training images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from se_prune_cli.output import (
+    Arch,
+    Data,
+    Device,
+    InputSize,
+    Json,
+    Mean,
+    Model,
+    Output,
+    Pretrained,
+    Progressed,
+    Seed,
+    Std,
+    model_options,
+    preprocessing_line,
+)
+from se_prune_cli.tables import site_rows
+
+
+def command(
+    model: Model,
+    data: Data,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Statistics file to write, for `apply --stats`.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="Training images to look at; all without.")] = None,
+    arch: Arch = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure every gate on training images: how alive it is, for which classes, and what folding it would lose."""
+    from se_prune import pipeline
+    from se_prune.checkpoint import open_model
+    from se_prune.data import open_data
+    from se_prune.device import choose_device
+    from se_prune.errors import UsageError
+    from se_prune.gates.summary import liveness, summarise
+    from se_prune.records import to_dict
+
+    out = Output(as_json)
+    if images is not None and images < 1:
+        raise UsageError(f"--images must be at least 1, got {images}.")
+    target, source = choose_device(device), open_data(data)
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    out.say(preprocessing_line(network.header.preprocessing))
+    statistics = pipeline.analyze(
+        network, source, device=target, images=images, seed=seed, reporter=Progressed()
+    )
+    summaries = summarise(statistics)
+    out.console.print(liveness(summaries), highlight=False)
+    out.table(f"gates on {statistics.n} training images", *site_rows(summaries))
+    if output is not None:
+        statistics.save(output)
+        out.say(f"statistics: {output}")
+    out.document(
+        {
+            "n": statistics.n,
+            "sites": [to_dict(s) for s in summaries],
+            "output": None if output is None else str(output),
+        }
+    )

@@ -1,0 +1,122 @@
+"""`se-prune apply`: take channels out for real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from se_prune_cli.output import (
+    Arch,
+    Device,
+    InputSize,
+    Json,
+    Mean,
+    Model,
+    OptionalData,
+    Output,
+    Pretrained,
+    Progressed,
+    Seed,
+    Std,
+    model_options,
+    preprocessing_line,
+)
+from se_prune_cli.tables import costs, plan_rows
+
+
+def command(
+    model: Model,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the channels to remove, 0 to 1.")] = None,
+    macs: Annotated[float | None, typer.Option(help="Fraction of the MACs to keep, 0 to 1.")] = None,
+    params: Annotated[float | None, typer.Option(help="Fraction of the parameters to keep, 0 to 1.")] = None,
+    data: OptionalData = None,
+    stats: Annotated[Path | None, typer.Option(help="Statistics file of `analyze`.")] = None,
+    criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "excitation",
+    round_to: Annotated[int, typer.Option(help="Keep multiples of this many channels.")] = 1,
+    min_channels: Annotated[int, typer.Option(help="No group keeps fewer.")] = 2,
+    repair: Annotated[bool, typer.Option(help="Re-estimate BN statistics on training images.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and prove, write nothing.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write.")] = None,
+    arch: Arch = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Remove the channels that matter least until the budget is met; the result is checked against its masked twin."""
+    from se_prune import artifact, pipeline
+    from se_prune.checkpoint import open_model
+    from se_prune.data import open_data
+    from se_prune.device import choose_device
+    from se_prune.errors import UsageError
+    from se_prune.gates.statistics import Statistics
+    from se_prune.recipe import budget_of
+    from se_prune.records import to_dict
+    from se_prune.scoring.registry import find
+
+    out, show = Output(as_json), Progressed()
+    budget = budget_of(sparsity, macs, params)
+    if output is None and not dry_run:
+        raise UsageError(
+            "give -o OUT.safetensors for the pruned network, or --dry-run to see the plan alone."
+        )
+    needs = find(criterion).needs
+    target = choose_device(device)
+    source = None if data is None else open_data(data)
+    if repair and source is None and not dry_run:
+        raise UsageError(
+            "the repair after the cut needs training images: add --data, or --no-repair to leave it out."
+        )
+    statistics = None if stats is None else Statistics.load(stats)
+    if needs and source is None and statistics is None:
+        raise UsageError(
+            f"--criterion {criterion} measures images: add --data, or --stats of `se-prune analyze`."
+        )
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    out.say(preprocessing_line(network.header.preprocessing))
+    with show.stage("gate sites, groups and cost", None):
+        found = pipeline.structure(network)
+    plan = pipeline.plan(
+        network,
+        found,
+        budget,
+        criterion=criterion,
+        device=target,
+        data=source,
+        statistics=statistics,
+        round_to=round_to,
+        min_channels=min_channels,
+        seed=seed,
+        reporter=show,
+    )
+    applied = pipeline.apply_plan(
+        network,
+        found,
+        plan,
+        device=target,
+        data=source if repair and not dry_run else None,
+        seed=seed,
+        reporter=show,
+    )
+    out.table("channels", *plan_rows(plan))
+    out.table("cost of one image", *costs(applied.before, applied.after))
+    out.say(f"equals its masked twin: largest difference {applied.max_abs_diff_masked:.1e} in float64")
+    if not dry_run and output is not None:
+        artifact.save(output, applied.network)
+        out.say(f"pruned network: {output}")
+    out.document(
+        {
+            "before": {"params": applied.before.params, "macs": applied.before.macs},
+            "after": {"params": applied.after.params, "macs": applied.after.macs},
+            "max_abs_diff_masked": applied.max_abs_diff_masked,
+            "channels_removed": plan.channels_removed,
+            "sites_folded": 0,
+            "output": None if dry_run else str(output),
+            "plan": to_dict(plan),
+        }
+    )

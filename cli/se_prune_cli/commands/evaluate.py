@@ -1,0 +1,79 @@
+"""`se-prune evaluate`: accuracy with its uncertainty."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from se_prune_cli.output import (
+    Arch,
+    Data,
+    Device,
+    InputSize,
+    Json,
+    Mean,
+    Model,
+    Output,
+    Pretrained,
+    Progressed,
+    Std,
+    model_options,
+    percent,
+    preprocessing_line,
+)
+from se_prune_cli.tables import accuracy
+
+
+def command(
+    model: Model,
+    data: Data,
+    against: Annotated[
+        str | None, typer.Option(help="Another MODEL on the same images, for a paired test.")
+    ] = None,
+    against_pretrained: Annotated[
+        bool, typer.Option("--against-pretrained", help="Load the library's weights for it.")
+    ] = False,
+    arch: Arch = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Top-1 with its 95 % interval, top-5 and per-class accuracy on the test images."""
+    from se_prune import pipeline
+    from se_prune.checkpoint import open_model
+    from se_prune.data import open_data
+    from se_prune.device import choose_device
+    from se_prune.evaluate import paired
+    from se_prune.records import to_dict
+
+    out, show = Output(as_json), Progressed()
+    target, source = choose_device(device), open_data(data)
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    other = None if against is None else open_model(against, pretrained=against_pretrained)
+    out.say(preprocessing_line(network.header.preprocessing))
+    _, result = pipeline.assess(network, source, device=target, reporter=show)
+    rows, document = [(model, result)], to_dict(result)
+    document.pop("predictions")
+    test = None
+    if other is not None:
+        _, reference = pipeline.assess(other, source, device=target, reporter=show)
+        test = paired(reference, result, source.test)
+        rows.append((str(against), reference))
+        document["against"] = {**to_dict(test), "top1": reference.top1}
+    out.table("accuracy on test images", *accuracy(rows))
+    out.table(
+        "per class",
+        ["class", *[name for name, _ in rows]],
+        [[name, *[percent(e.per_class[name]) for _, e in rows]] for name in result.per_class],
+    )
+    if test is not None:
+        out.console.print(
+            f"difference {100 * test.top1_difference:+.2f} points; {test.only_second_right} images only the first "
+            f"gets right, {test.only_first_right} only the second; exact McNemar p = {test.p_value:.3g}",
+            highlight=False,
+        )
+    out.document(document)

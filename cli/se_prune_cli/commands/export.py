@@ -1,0 +1,73 @@
+"""`se-prune export`: the network as a file of an edge runtime, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from se_prune_cli.output import (
+    Arch,
+    Data,
+    InputSize,
+    Json,
+    Mean,
+    Model,
+    Output,
+    Pretrained,
+    Progressed,
+    Std,
+    count,
+    model_options,
+    percent,
+)
+
+
+def command(
+    model: Model,
+    data: Data,
+    to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file to write; MODEL with the target's suffix.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Test images to check the file on.")] = 256,
+    arch: Arch = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    as_json: Json = False,
+) -> None:
+    """Write a network for a runtime and check it against torch on real images."""
+    from se_prune import pipeline
+    from se_prune.checkpoint import open_model
+    from se_prune.data import open_data
+    from se_prune.errors import UsageError
+    from se_prune.export import export
+    from se_prune.pipeline.run import real_images
+    from se_prune.records import to_dict
+
+    out = Output(as_json)
+    if images < 1:
+        raise UsageError(f"--images must be at least 1, got {images}.")
+    source = open_data(data)
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    pipeline.require_classes(network, source)
+    target = output or Path(f"{Path(model.rpartition(':')[2]).stem}.{to}")
+    with Progressed().stage(f"export to {to}", None):
+        result = export(network, to, target, real_images(source.test, network, images))
+    out.table(
+        f"{to}, checked on {result.images_checked} test images",
+        ["file", "bytes", "largest difference", "same top-1", "latency, batch 1, 1 thread"],
+        [
+            [
+                result.output,
+                count(result.bytes),
+                f"{result.max_abs_diff:.1e}",
+                percent(result.top1_agreement),
+                f"{result.latency_ms:.2f} ms",
+            ]
+        ],
+    )
+    out.document(to_dict(result))

@@ -1,0 +1,66 @@
+"""`se-prune finetune`: bring accuracy back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from se_prune_cli.output import Arch, Data, Device, Json, Model, Output, Progressed, Seed
+from se_prune_cli.tables import accuracy
+
+
+def command(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense network to distil from; without, labels alone.")
+    ] = None,
+    teacher_pretrained: Annotated[
+        bool, typer.Option("--teacher-pretrained", help="Load the library's weights for the teacher.")
+    ] = False,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with a \\[finetune] table.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Overrides the recipe.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the state after every epoch; run again to go on.")
+    ] = None,
+    arch: Arch = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a pruned network on training images, distilling from the dense one."""
+    from se_prune import artifact, pipeline
+    from se_prune.checkpoint import open_model
+    from se_prune.data import open_data
+    from se_prune.device import choose_device
+    from se_prune.pipeline.run import step_note
+    from se_prune.recipe import find_recipe, train_settings
+
+    out, show = Output(as_json), Progressed()
+    file = None if recipe is None else find_recipe(recipe)
+    settings = train_settings(file, "finetune", epochs=epochs, lr=lr, batch_size=batch_size)
+    target, source = choose_device(device), open_data(data)
+    network = open_model(model, arch=arch)
+    dense = None if teacher is None else open_model(teacher, pretrained=teacher_pretrained)
+    with show.stage(f"fine-tune, {settings.epochs} epochs", None) as update:
+        tuned = pipeline.finetune(
+            network,
+            source,
+            settings,
+            device=target,
+            teacher=dense,
+            seed=seed,
+            resume=resume,
+            on_step=lambda log: update(1, total=log.total_steps, note=step_note(log)),
+        )
+    tuned, result = pipeline.assess(tuned, source, device=target, reporter=show)
+    artifact.save(output, tuned)
+    out.table(str(output), *accuracy([("fine-tuned", result)]))
+    out.document(
+        {"n": result.n, "top1": result.top1, "top1_ci95": list(result.top1_ci95), "output": str(output)}
+    )

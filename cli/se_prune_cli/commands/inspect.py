@@ -1,0 +1,67 @@
+"""`se-prune inspect`: gate sites, channel groups and cost of a network."""
+
+from __future__ import annotations
+
+from se_prune_cli.output import (
+    Arch,
+    InputSize,
+    Json,
+    Mean,
+    Model,
+    Output,
+    Pretrained,
+    Std,
+    count,
+    model_options,
+    percent,
+    preprocessing_line,
+)
+
+
+def command(
+    model: Model,
+    arch: Arch = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    as_json: Json = False,
+) -> None:
+    """Show the gate sites, the channel groups and the cost of a network."""
+    from se_prune import pipeline
+    from se_prune.checkpoint import open_model
+    from se_prune.records import to_dict
+
+    out = Output(as_json)
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    out.say(preprocessing_line(network.header.preprocessing))
+    found = pipeline.inspect(network)
+    out.table(
+        f"{len(found.sites)} gate sites",
+        ["gate site", "channels", "hidden", "gate", "scales the output of"],
+        [[s.name, str(s.channels), str(s.hidden), s.gate_activation, s.features or "?"] for s in found.sites],
+    )
+    out.table(
+        f"{len(found.groups)} channel groups",
+        ["group", "kind", "channels", "layers", "can be cut"],
+        [
+            [g.name, g.kind, str(g.channels), str(len(g.members)), "yes" if g.prunable else f"no: {g.reason}"]
+            for g in found.groups
+        ],
+    )
+    cost = found.cost
+    out.table(
+        "cost of one image",
+        ["", "", "share"],
+        [
+            ["learnable parameters", count(cost.params), ""],
+            ["MACs (convolutions + fully connected)", count(cost.macs), ""],
+            ["of which in SE blocks", count(cost.macs_se), percent(cost.macs_se / max(1, cost.macs))],
+            ["squeeze, activation and multiply of gates", count(cost.macs_gate), "not in MACs"],
+        ],
+    )
+    rest = ", ".join(f"{name} ×{times}" for name, times in cost.uncounted.items())
+    out.say(f"not counted: {rest or 'nothing'}")
+    document = to_dict(found)
+    document["cost"] = {key: value for key, value in document["cost"].items() if key != "per_layer"}
+    out.document(document)

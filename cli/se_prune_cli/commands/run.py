@@ -1,0 +1,27 @@
+"""`se-prune run`: the whole pipeline from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from se_prune_cli.output import Device, Json, Output
+from se_prune_cli.whole import run_and_show
+
+
+def command(
+    recipe: Annotated[
+        Path, typer.Argument(help="A TOML file, or the name of a recipe that ships with se-prune.")
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for all files.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Analyse, cut, repair, fine-tune, evaluate, export and report, as a recipe says."""
+    folder = output or Path("runs") / recipe.stem
+    run_and_show(
+        recipe, folder, f"se-prune run {recipe} -o {folder}", Output(as_json), device=device, seed=seed
+    )

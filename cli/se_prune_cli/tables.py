@@ -1,0 +1,68 @@
+"""Rows of the tables that several commands print, from records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from se_prune_cli.output import count, percent
+
+if TYPE_CHECKING:
+    from se_prune.records import Cost, Evaluation, Plan, SiteSummary
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def accuracy(rows: Iterable[tuple[str, Evaluation]]) -> Table:
+    """Return top-1 with its interval, top-5 and loss per network."""
+    columns = ["network", "images", "top-1", "95 % interval", "top-5", "loss"]
+    return columns, [
+        [
+            name,
+            str(e.n),
+            percent(e.top1),
+            f"{percent(e.top1_ci95[0])} to {percent(e.top1_ci95[1])}",
+            percent(e.top5),
+            f"{e.loss:.4f}",
+        ]
+        for name, e in rows
+    ]
+
+
+def costs(before: Cost, after: Cost) -> Table:
+    """Return MACs and parameters before and after, and the fraction kept."""
+    rows = [
+        ("MACs", before.macs, after.macs),
+        ("of which convolutions", before.macs_conv - before.macs_se, after.macs_conv - after.macs_se),
+        ("of which SE blocks", before.macs_se, after.macs_se),
+        ("parameters", before.params, after.params),
+    ]
+    return ["", "before", "after", "kept"], [
+        [name, count(a), count(b), percent(b / a, 1) if a else "–"] for name, a, b in rows
+    ]
+
+
+def plan_rows(plan: Plan) -> Table:
+    """Return channels kept per group, and why not fewer."""
+    return ["group", "kind", "channels", "kept", "note"], [
+        [g.name, g.kind, str(g.channels), str(g.channels - len(g.removed)), g.note or ""] for g in plan.groups
+    ]
+
+
+def site_rows(sites: Sequence[SiteSummary]) -> Table:
+    """Return the site table of `analyze`."""
+    columns = ["gate site", "channels", "hidden", "mean", "std over images", "class specificity", "saturated"]
+    return [*columns, "fold loss", "advice"], [
+        [
+            s.name,
+            str(s.channels),
+            str(s.hidden),
+            f"{s.mean:.3f}",
+            f"{s.std_images:.3f}",
+            f"{s.class_specificity:.2f}",
+            percent(s.saturated, 1),
+            percent(s.fold_loss, 2),
+            s.advice,
+        ]
+        for s in sites
+    ]

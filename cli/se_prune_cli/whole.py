@@ -1,0 +1,59 @@
+"""Running a recipe and showing what came of it, for `run` and `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from se_prune_cli.output import Output, Progressed, count, percent
+from se_prune_cli.tables import accuracy, costs, site_rows
+
+
+def run_and_show(
+    recipe: Path, folder: Path, command: str, out: Output, *, device: str, seed: int | None
+) -> None:
+    """Run a recipe into a folder and print its tables."""
+    from dataclasses import replace
+
+    from se_prune.pipeline import run_recipe
+    from se_prune.recipe import find_recipe, read_run
+
+    chosen = read_run(find_recipe(recipe))
+    if seed is not None:
+        chosen, command = replace(chosen, seed=seed), f"{command} --seed {seed}"
+    outcome = run_recipe(chosen, folder, command=command, device=device, reporter=Progressed())
+    run = outcome.run
+    if run.sites:
+        out.table("gates on training images", *site_rows(run.sites))
+    out.table("cost of one image", *costs(run.cost_before, run.cost_after))
+    out.table("accuracy on test images", *accuracy([(s.stage, s.evaluation) for s in run.stages]))
+    if run.paired is not None:
+        out.console.print(
+            f"top-1 {100 * run.paired.top1_difference:+.2f} points against the dense network "
+            f"(exact McNemar p = {run.paired.p_value:.3g})",
+            highlight=False,
+        )
+    if run.latency is not None:
+        dense, cut = run.latency
+        out.console.print(
+            f"latency, torch, batch 1, 1 thread: {dense.median_ms:.2f} → {cut.median_ms:.2f} ms "
+            f"({cut.ratio:.2f} × faster, median of {cut.rounds} interleaved rounds)",
+            highlight=False,
+        )
+    for item in run.exported:
+        out.console.print(
+            f"{item.target}: {item.output}, {count(item.bytes)}B, largest difference {item.max_abs_diff:.1e}, "
+            f"same top-1 on {percent(item.top1_agreement, 1)} of {item.images_checked} images",
+            highlight=False,
+        )
+    out.console.print(f"report: {outcome.files['report']}", highlight=False)
+    dense_top1, final = run.stages[0].evaluation.top1, run.stages[-1].evaluation.top1
+    out.document(
+        {
+            "before": {"params": run.cost_before.params, "macs": run.cost_before.macs},
+            "after": {"params": run.cost_after.params, "macs": run.cost_after.macs},
+            "top1_before": dense_top1,
+            "top1_after": final,
+            "max_abs_diff_masked": run.max_abs_diff_masked,
+            "files": {name: str(path) for name, path in outcome.files.items()},
+        }
+    )

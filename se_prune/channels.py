@@ -1,0 +1,278 @@
+"""Channel groups, and everything else that torch-pruning does for us; the only file that imports it.
+
+What is worked around here, each with a test in `tests/unit/test_channels.py`: its group objects are turned into
+plain `Coupling` records; its Hessian importance keeps only the last gradient (`accumulate_grad` looks up names in a
+dictionary of parameters), so squared gradients are summed here; importances that know nothing of a group return
+None, where the group's L2 norm stands in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from se_prune.artifact import CONV_TYPES, NORM_TYPES
+from se_prune.errors import SurgeryError
+from se_prune.records import ChannelGroup, Coupling, GateSite, GroupKind, LayerCost, LayerSlice
+
+OUT_FNS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
+IN_FNS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+IMPORTANCES: dict[str, Callable[[], Any]] = {
+    "random": tp.importance.RandomImportance,
+    "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
+    "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    "bn-scale": tp.importance.BNScaleImportance,
+    "fpgm": tp.importance.FPGMImportance,
+    "lamp": tp.importance.LAMPImportance,
+    "taylor": tp.importance.GroupTaylorImportance,
+    "hessian": tp.importance.GroupHessianImportance,
+}
+
+
+@contextlib.contextmanager
+def _gradients(model: nn.Module) -> Iterator[None]:
+    """Let torch-pruning trace: gradients on, eval mode, and everything back as it was afterwards."""
+    modes = {m: m.training for m in model.modules()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.eval()
+        model.requires_grad_(True)
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _graph(model: nn.Module, example: torch.Tensor) -> Any:
+    try:
+        with _gradients(model):
+            return tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+    except Exception as error:
+        raise SurgeryError(
+            f"torch-pruning cannot trace this network ({type(error).__name__}: {str(error)[:200]}); "
+            "it cannot be cut."
+        ) from error
+
+
+def _tp_groups(graph: Any, names: Mapping[nn.Module, str], gates: Collection[str]) -> Iterator[Any]:
+    """Yield every group, from the first layer (in the model's order) that really makes its channels."""
+    order = {module: position for position, module in enumerate(names)}
+    for group in graph.get_all_groups(ignored_layers=[], root_module_types=[*CONV_TYPES, nn.Linear]):
+        makers = [
+            item.dep.target.module
+            for item in group.items
+            if item.dep.handler in OUT_FNS
+            and item.dep.target.module in names
+            and _role(item.dep.target.module, item.dep.handler) == "out"
+            and names[item.dep.target.module] not in gates
+        ]
+        root = min(makers, key=order.__getitem__, default=group[0].dep.target.module)
+        if root is not group[0].dep.target.module:
+            prune = graph.get_pruner_of_module(root).prune_out_channels
+            channels = graph.get_out_channels(root)
+            if channels == len(group[0].idxs):
+                yield graph.get_pruning_group(root, prune, list(range(channels)))
+                continue
+        yield group
+
+
+def couplings(model: nn.Module, example: torch.Tensor, sites: Sequence[GateSite]) -> tuple[Coupling, ...]:
+    """Find the channel groups of a network.
+
+    Args:
+        model: The network; left as it is.
+        example: Images (N, C, H, W) of its input size, on its device.
+        sites: Its gate sites; they decide which groups are gated and which are hidden units.
+
+    Raises:
+        SurgeryError: torch-pruning cannot trace the network.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    groups = _tp_groups(_graph(model, example), names, _expands(sites))
+    order = {name: position for position, name in enumerate(names.values())}
+    found = [_coupling(group, names, sites) for group in groups]
+    return tuple(sorted(found, key=lambda c: order[c.group.name]))
+
+
+def _expands(sites: Sequence[GateSite]) -> set[str]:
+    return {site.expand for site in sites if site.expand is not None}
+
+
+def _coupling(group: Any, names: Mapping[nn.Module, str], sites: Sequence[GateSite]) -> Coupling:
+    slices: list[LayerSlice] = []
+    reasons: list[str] = []
+    modules: dict[str, nn.Module] = {}
+    for item in group.items:
+        module, handler = item.dep.target.module, item.dep.handler
+        if isinstance(module, nn.Parameter):
+            reasons.append("a bare parameter depends on it")
+            continue
+        if module not in names:
+            continue
+        role = _role(module, handler)
+        if role is None:
+            if any(True for _ in module.parameters(recurse=False)):
+                reasons.append(f"{names[module]} is a {type(module).__name__}")
+            continue
+        modules[names[module]] = module
+        root = [-1 if r is None else int(r) for r in item.root_idxs]
+        slices.append(
+            LayerSlice(layer=names[module], role=role, index=tuple(map(int, item.idxs)), root=tuple(root))
+        )
+    channels = len(group[0].idxs)
+    reasons += _refusals(slices, modules)
+    info = ChannelGroup(
+        name=names[group[0].dep.target.module],
+        kind=_kind(slices, sites),
+        channels=channels,
+        members=tuple(dict.fromkeys(s.layer for s in slices)),
+        site=_site_of(slices, sites),
+        prunable=not reasons,
+        reason=reasons[0] if reasons else None,
+    )
+    return Coupling(group=info, slices=tuple(slices))
+
+
+def _role(module: nn.Module, handler: Any) -> Literal["out", "in", "channelwise"] | None:
+    if isinstance(module, NORM_TYPES) or handler is tp.prune_depthwise_conv_out_channels:
+        return "channelwise"
+    if isinstance(module, CONV_TYPES) and module.groups == module.out_channels == module.in_channels > 1:
+        return "channelwise"
+    if handler in OUT_FNS:
+        return "out"
+    return "in" if handler in IN_FNS else None
+
+
+def _refusals(slices: Sequence[LayerSlice], modules: Mapping[str, nn.Module]) -> list[str]:
+    reasons = []
+    if not any(s.role == "in" for s in slices):
+        reasons.append("output layer")
+    for piece in slices:
+        module = modules[piece.layer]
+        if isinstance(module, CONV_TYPES) and module.groups > 1 and piece.role != "channelwise":
+            reasons.append(f"{piece.layer} is a grouped convolution")
+        if -1 in piece.root:
+            reasons.append(f"the channels of {piece.layer} do not map one to one")
+    return reasons
+
+
+def _kind(slices: Sequence[LayerSlice], sites: Sequence[GateSite]) -> GroupKind:
+    made = {s.layer for s in slices if s.role == "out"}
+    if made & {site.reduce for site in sites}:
+        return "hidden"
+    gates = {site.expand for site in sites}
+    if len(made - gates) > 1:
+        return "stream"
+    return "gated" if made & gates else "inner"
+
+
+def _site_of(slices: Sequence[LayerSlice], sites: Sequence[GateSite]) -> str | None:
+    made = {s.layer for s in slices if s.role == "out"}
+    owners = [site.name for site in sites if site.reduce in made or site.expand in made]
+    return owners[0] if len(owners) == 1 else None
+
+
+def layer_costs(model: nn.Module, macs: Mapping[str, int]) -> dict[str, LayerCost]:
+    """Return size and MACs of every convolution, linear and BN layer; `macs` as `Cost.per_layer`."""
+    result = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        bias = getattr(module, "bias", None)
+        if isinstance(module, CONV_TYPES):
+            size = (module.in_channels, module.out_channels)
+            channelwise = module.groups == module.in_channels == module.out_channels > 1
+        elif isinstance(module, nn.Linear):
+            size, channelwise = (module.in_features, module.out_features), False
+        elif isinstance(module, NORM_TYPES):
+            size, channelwise = (module.num_features, module.num_features), True
+        else:
+            continue
+        result[name] = LayerCost(
+            in_channels=size[0],
+            out_channels=size[1],
+            weights=0 if weight is None else weight.numel(),
+            biases=0 if bias is None else bias.numel(),
+            macs=macs.get(name, 0),
+            channelwise=channelwise,
+        )
+    return result
+
+
+def importance(
+    model: nn.Module,
+    example: torch.Tensor,
+    name: str,
+    *,
+    seed: int,
+    wanted: Sequence[Coupling],
+    sites: Sequence[GateSite],
+) -> dict[str, tuple[float, ...]]:
+    """Return one of torch-pruning's importances per group; `taylor` and `hessian` read `.grad`.
+
+    Args:
+        model: The network; for `taylor` its gradients, for `hessian` its mean squared gradients in `.grad`.
+        example: Images (N, C, H, W) of its input size.
+        name: A key of `IMPORTANCES`.
+        seed: For `random`.
+        wanted: The groups to score.
+        sites: The gate sites that `wanted` was found with.
+    """
+    names = {module: n for n, module in model.named_modules()}
+    graph = _graph_keeping_gradients(model, example)
+    chosen = {c.group.name for c in wanted}
+    scores = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        rule, fallback = IMPORTANCES[name](), IMPORTANCES["l2"]()
+        for group in _tp_groups(graph, names, _expands(sites)):
+            key = names[group[0].dep.target.module]
+            if key in chosen:
+                value = rule(group)
+                if value is None:
+                    value = fallback(group)
+                scores[key] = tuple(value.double().tolist())
+    return scores
+
+
+def _graph_keeping_gradients(model: nn.Module, example: torch.Tensor) -> Any:
+    kept = {p: p.grad for p in model.parameters()}
+    graph = _graph(model, example)
+    for parameter, gradient in kept.items():
+        parameter.grad = gradient
+    return graph
+
+
+def remove(model: nn.Module, example: torch.Tensor, removed: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Return a copy of `model` without the given channels of each group (by the group's name).
+
+    Raises:
+        SurgeryError: A group is unknown or would lose all its channels.
+    """
+    result = copy.deepcopy(model)
+    graph = _graph(result, example)
+    modules = dict(result.named_modules())
+    for name, channels in removed.items():
+        if not channels:
+            continue
+        if name not in modules:
+            raise SurgeryError(f"the plan cuts '{name}', which this network does not have; plan it again.")
+        root = modules[name]
+        prune = graph.get_pruner_of_module(root).prune_out_channels
+        group = graph.get_pruning_group(root, prune, sorted(channels))
+        if not graph.check_pruning_group(group):
+            raise SurgeryError(f"the plan removes every channel of '{name}'; raise --min-channels.")
+        group.prune()
+    for parameter in result.parameters():
+        parameter.grad = None
+    return result

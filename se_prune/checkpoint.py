@@ -1,0 +1,389 @@
+"""Opening a network: our artifact, somebody else's checkpoint file, or an architecture by name.
+
+Of a foreign file `foreign` reads the tensors alone. Its class count and input channels are read from its last
+and first layers; everything else must fit the named architecture exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_prune import artifact
+from se_prune.artifact import Network
+from se_prune.errors import CheckpointError, UsageError, nearest
+from se_prune.foreign import check_values, differences, first_line, read_start, read_weights, renamed
+from se_prune.records import ArchSpec, ArtifactHeader, HistoryEntry, Preprocessing
+from se_prune.zoo import registry
+
+SUFFIXES = frozenset({".pth", ".pt", ".pkl", ".bin", ".tar", ".ckpt", ".safetensors"})
+WEIGHTS = Path(registry.__file__).parent / "weights"
+
+
+def open_model(
+    ref: str,
+    *,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    pretrained: bool = False,
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """Open MODEL as every command takes it, on the CPU and in eval mode.
+
+    Args:
+        ref: An artifact, a checkpoint file, or an architecture reference.
+        arch: The architecture of a foreign checkpoint; for an artifact it must be the artifact's own.
+        num_classes: The class count; read from a checkpoint's last layer where None.
+        in_channels: The input channels; read from a checkpoint's first convolution where None.
+        pretrained: For an architecture reference, the library's own weights instead of random ones.
+        input_size: (C, H, W) or (H, W), instead of the network's own.
+        mean: Mean of pixels in [0, 1] per channel, instead of the network's own.
+        std: Standard deviation of pixels in [0, 1] per channel, instead of the network's own.
+
+    Raises:
+        UsageError: An option is wrong, or does not go with this MODEL.
+        CheckpointError: The file is missing, broken, unsafe, or does not fit its architecture.
+    """
+    sizes = _asked_sizes(num_classes, in_channels)
+    path = _file_of(ref)
+    if path is None:
+        if arch is not None:
+            raise UsageError(
+                f"{ref} is an architecture already, so --arch {arch} does not go with it; drop one."
+            )
+        network = _open_arch(registry.resolve(ref, **sizes), pretrained)
+    elif pretrained:
+        raise UsageError(
+            f"--pretrained goes with an architecture, but {ref} is a file; leave --pretrained out."
+        )
+    else:
+        network = _open_file(path, arch, sizes)
+    preprocessing = override(network.header.preprocessing, input_size=input_size, mean=mean, std=std)
+    network.module.eval()
+    if input_size is not None:
+        _check_size(network.module, preprocessing, ref)
+    return Network(
+        module=network.module, header=dataclasses.replace(network.header, preprocessing=preprocessing)
+    )
+
+
+def _asked_sizes(num_classes: int | None, in_channels: int | None) -> dict[str, int]:
+    asked = {"num_classes": num_classes, "in_channels": in_channels}
+    sizes = {name: value for name, value in asked.items() if value is not None}
+    for name, value in sizes.items():
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}.")
+    return sizes
+
+
+def _file_of(ref: str) -> Path | None:
+    """Return the file that a reference names, or None for an architecture.
+
+    Raises:
+        CheckpointError: The reference is a path by its looks, but no readable file.
+    """
+    if ref.partition(":")[0] in registry.LIBRARIES:
+        return None
+    path = Path(ref)
+    path_like = "/" in ref or os.sep in ref or path.suffix.lower() in SUFFIXES
+    try:
+        if path.is_file():
+            return path
+        exists, beside = path.exists(), [p.name for p in path.parent.iterdir()] if path_like else []
+    except OSError as error:
+        exists, beside = False, []
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise CheckpointError(
+                f"{ref} cannot be read ({error.strerror}); check its permissions."
+            ) from error
+    if exists and (path_like or not _is_known(ref)):
+        raise CheckpointError(f"{ref} is a folder or a device, not a file; name the checkpoint file in it.")
+    if path_like and not exists:
+        raise CheckpointError(f"the file {ref} does not exist{nearest(path.name, beside)}; check the path.")
+    return None
+
+
+def _is_known(ref: str) -> bool:
+    try:
+        registry.resolve(ref)
+    except UsageError:
+        return False
+    return True
+
+
+# Architectures by name.
+
+
+def _open_arch(spec: ArchSpec, pretrained: bool) -> Network:
+    library, _, name = spec.ref.rpartition(":")
+    if pretrained and library == "zoo":
+        return _bundled(spec, name)
+    module = _pretrained(spec, library, name) if pretrained else registry.build(spec)
+    weights = "pretrained" if pretrained else "random"
+    entry = HistoryEntry(stage="opened", details={"arch": spec.ref, "weights": weights})
+    return Network(module=module.cpu(), header=_header(spec, module, entry))
+
+
+def _header(spec: ArchSpec, module: nn.Module, entry: HistoryEntry) -> ArtifactHeader:
+    known = spec
+    stem = _stem(module)
+    if spec.ref.partition(":")[0] not in registry.LIBRARIES and stem is not None:
+        # A user's factory says nothing about its input; its first convolution does.
+        known = dataclasses.replace(spec, kwargs={"in_channels": stem[1].in_channels, **spec.kwargs})
+    preprocessing = registry.default_preprocessing(known, module)
+    return ArtifactHeader(arch=spec, preprocessing=preprocessing, history=(entry,))
+
+
+def _bundled(spec: ArchSpec, name: str) -> Network:
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        have = ", ".join(sorted(f"zoo:{file.stem}" for file in WEIGHTS.glob("*.safetensors"))) or "none"
+        raise UsageError(
+            f"{spec.ref} comes without trained weights (those that have them: {have}); "
+            f"leave --pretrained out, or make them with `se-prune train --arch {spec.ref}`."
+        )
+    network = artifact.load(path)
+    _require_sizes(network, spec.kwargs, f"the bundled {spec.ref}")
+    return network
+
+
+def _pretrained(spec: ArchSpec, library: str, name: str) -> nn.Module:
+    """Build a library's network with the weights that the library downloads."""
+    kwargs: dict[str, Any] = dict(spec.kwargs)
+    if library not in {"timm", "torchvision"}:
+        raise UsageError(
+            f"--pretrained works for zoo:, timm: and torchvision:, not for {spec.ref}; "
+            f"give a checkpoint file with --arch {spec.ref} instead."
+        )
+    try:
+        if library == "timm":
+            import timm
+
+            if "in_channels" in kwargs:
+                kwargs["in_chans"] = kwargs.pop("in_channels")
+            module: nn.Module = timm.create_model(name, pretrained=True, **kwargs)
+        else:
+            from torchvision import models
+
+            module = models.get_model(name, weights="DEFAULT", **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{spec.ref} has no pretrained weights with {kwargs} ({first_line(error)}); "
+            "leave these options out."
+        ) from error
+    except Exception as error:  # every download library has exceptions of its own
+        raise CheckpointError(
+            f"cannot get the pretrained weights of {spec.ref} ({first_line(error)}); check the network, or "
+            f"download the file elsewhere and open it with --arch {spec.ref}."
+        ) from error
+    return module
+
+
+# Files.
+
+
+def _open_file(path: Path, arch: str | None, sizes: dict[str, int]) -> Network:
+    start = read_start(path)
+    if artifact.is_artifact(path):
+        return _open_artifact(path, arch, sizes)
+    state = read_weights(path, start)
+    if arch is None:
+        raise UsageError(
+            f"{path} does not say its architecture; add --arch, such as --arch timm:seresnet50 "
+            "(`se-prune archs` lists them)."
+        )
+    check_values(state, path)
+    spec, module = _fitted(path, registry.resolve(arch, **sizes), state, sizes)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = HistoryEntry(stage="opened", details={"file": path.name, "sha256": digest})
+    return Network(module=module, header=_header(spec, module, entry))
+
+
+def _open_artifact(path: Path, arch: str | None, sizes: Mapping[str, int]) -> Network:
+    own = artifact.read_header(path).arch.ref
+    asked = None if arch is None else registry.resolve(arch).ref
+    if asked is not None and asked != own:
+        raise CheckpointError(
+            f"{path} is a {own}, not a {asked}; leave --arch out, since an artifact names its architecture."
+        )
+    network = artifact.load(path, trust=asked)
+    _require_sizes(network, sizes, str(path))
+    check_values(network.module.state_dict(), path)
+    return network
+
+
+def _require_sizes(network: Network, asked: Mapping[str, Any], what: str) -> None:
+    """Refuse a class count or input channels other than a trained network has."""
+    head = _head(network.module)
+    own = {"in_channels": network.header.preprocessing.input_size[0]}
+    if head is not None:
+        own["num_classes"] = _outputs(head[1])
+    for name, value in own.items():
+        if asked.get(name, value) != value:
+            raise CheckpointError(_disagreement(what, name, value, asked[name]))
+
+
+def _disagreement(what: str, name: str, own: int, asked: int) -> str:
+    noun = {"num_classes": "classes", "in_channels": "input channels"}[name]
+    return f"{what} has {own} {noun}, not {asked}; leave {name} out, or open another file."
+
+
+# Fitting a state dict to an architecture.
+
+
+def _fitted(
+    path: Path, spec: ArchSpec, state: Mapping[str, torch.Tensor], asked: Mapping[str, int]
+) -> tuple[ArchSpec, nn.Module]:
+    """Build the architecture in the checkpoint's sizes and load it strictly."""
+    module = registry.build(spec)
+    state = renamed(state, module.state_dict().keys())
+    found = {}
+    for name, built, stored in _sizes(module, state):
+        if stored != built and name in asked:
+            raise CheckpointError(_disagreement(str(path), name, stored, built))
+        if stored != built:
+            found[name] = stored
+    if found:
+        spec = dataclasses.replace(spec, kwargs={**spec.kwargs, **found})
+        module = registry.build(spec)
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        different = differences(module.state_dict(), state) or artifact.short_mismatch(error)
+        raise CheckpointError(
+            f"{path} does not fit {spec.ref}: {different}; check --arch (`se-prune archs` lists them)."
+        ) from error
+    return spec, module
+
+
+def _sizes(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, int, int]]:
+    """Yield for the class count and the input channels what the module has, and what the checkpoint has."""
+    head, stem = _head(module), _stem(module)
+    if head is not None:
+        weight = state.get(f"{head[0]}.weight")
+        if weight is not None and weight.ndim == head[1].weight.ndim:
+            yield "num_classes", _outputs(head[1]), weight.shape[0]
+    if stem is not None:
+        weight = state.get(f"{stem[0]}.weight")
+        if weight is not None and weight.ndim == stem[1].weight.ndim:
+            yield "in_channels", stem[1].in_channels, weight.shape[1] * stem[1].groups
+
+
+def _head(module: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d] | None:
+    """Return the last layer that can be a classifier: linear, or a 1×1 convolution."""
+    found = None
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+            found = name, layer
+    return found
+
+
+def _outputs(layer: nn.Linear | nn.Conv2d) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _stem(module: nn.Module) -> tuple[str, nn.Conv2d] | None:
+    return next((pair for pair in module.named_modules() if isinstance(pair[1], nn.Conv2d)), None)
+
+
+# Preprocessing.
+
+
+def override(
+    base: Preprocessing,
+    *,
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Preprocessing:
+    """Return `base` with the given parts replaced.
+
+    Raises:
+        UsageError: A length, a channel count or a value is impossible.
+    """
+    channels = base.input_size[0]
+    size = base.input_size
+    if input_size is not None:
+        size = _full_size(input_size, channels)
+    for name, values in (("--mean", mean), ("--std", std)):
+        if values is not None and len(values) != channels:
+            raise UsageError(
+                f"{name} needs one number per input channel, {channels} for this network, got {len(values)}."
+            )
+    if std is not None and min(std) <= 0:
+        raise UsageError(
+            f"--std must be above 0, got {min(std)}; give the standard deviation of pixels in [0, 1]."
+        )
+    return Preprocessing(
+        input_size=size,
+        mean=base.mean if mean is None else tuple(mean),
+        std=base.std if std is None else tuple(std),
+    )
+
+
+def _full_size(given: Sequence[int], channels: int) -> tuple[int, int, int]:
+    shown = ",".join(map(str, given))
+    if len(given) not in {2, 3} or min(given) < 1:
+        raise UsageError(f"--input-size takes C,H,W or H,W, such as 3,224,224, got '{shown}'.")
+    if len(given) == 3 and given[0] != channels:
+        raise UsageError(
+            f"--input-size {shown} has {given[0]} channels, but the network takes {channels}; give "
+            f"--input-size {channels},{given[1]},{given[2]}, or open a network for {given[0]}."
+        )
+    return channels, given[-2], given[-1]
+
+
+def _check_size(module: nn.Module, preprocessing: Preprocessing, ref: str) -> None:
+    parameter = next(module.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            module(torch.zeros(1, *preprocessing.input_size, dtype=parameter.dtype))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = ",".join(map(str, preprocessing.input_size))
+        raise UsageError(
+            f"{ref} cannot take images of {size} ({first_line(error)}); choose another --input-size."
+        ) from error
+
+
+def parse_size(text: str) -> tuple[int, ...]:
+    """Read `--input-size`: "C,H,W" or "H,W" in pixels.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    try:
+        size = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        size = ()
+    if len(size) not in {2, 3} or min(size) < 1:
+        raise UsageError(f"--input-size takes C,H,W or H,W, such as 3,224,224 or 224,224, got '{text}'.")
+    return size
+
+
+def parse_floats(text: str) -> tuple[float, ...]:
+    """Read `--mean` or `--std`: numbers separated by commas.
+
+    Raises:
+        UsageError: A part is no finite number.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(map(math.isfinite, values)):
+        raise UsageError(
+            f"--mean and --std take one number per channel, such as 0.485,0.456,0.406, got '{text}'."
+        )
+    return values

@@ -1,0 +1,251 @@
+"""A recipe from end to end: analyse, cut, repair, fine-tune, evaluate, export, and the record for the report."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from se_prune import __version__, artifact
+from se_prune.artifact import Network
+from se_prune.checkpoint import open_model
+from se_prune.cost import bytes_of, measure_latency, torch_runner
+from se_prune.data import DataSource, open_data
+from se_prune.data.source import Split, balanced_subset
+from se_prune.device import choose_device
+from se_prune.evaluate import paired
+from se_prune.export import export
+from se_prune.files import write_text
+from se_prune.gates.statistics import Statistics
+from se_prune.gates.summary import profile, summarise
+from se_prune.pipeline import jobs
+from se_prune.recipe import RunRecipe, budget_of
+from se_prune.records import Evaluation, Exported, Latency, PairedTest, Run, StageResult, to_json
+from se_prune.report import write_report
+from se_prune.training.loop import StepLog
+
+PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
+#: Images on which an export is checked, spread over the classes of the test split.
+EXPORT_IMAGES = 256
+#: Sites whose gate profiles stand in the report; more make the page too large.
+PROFILES = 24
+
+
+@dataclass(slots=True, kw_only=True)
+class RunOutcome:
+    """The record of a run, the final network, and the files that were written."""
+
+    run: Run
+    network: Network
+    files: dict[str, Path]
+
+
+def run_recipe(
+    recipe: RunRecipe,
+    folder: Path,
+    *,
+    command: str,
+    device: str = "auto",
+    reporter: jobs.Reporter | None = None,
+) -> RunOutcome:
+    """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
+
+    Analysis, scores, repair and fine-tuning see training images; test images are read by `evaluate` and by the
+    parity check of exports alone.
+
+    Args:
+        recipe: What to do.
+        folder: Where the files go; made where it is missing.
+        command: The command line, for the report.
+        device: Where to compute.
+        reporter: Shows progress.
+
+    Raises:
+        SePruneError: Whatever a stage refuses; files of finished stages stay.
+    """
+    show = reporter or jobs.Silent()
+    target = choose_device(device)
+    data = open_data(recipe.data)
+    dense = open_model(recipe.model.ref, arch=recipe.model.arch, pretrained=recipe.model.pretrained)
+    found = jobs.structure(dense)
+    stages: list[StageResult] = []
+
+    def evaluated(stage: str, network: Network, seconds: float) -> Evaluation:
+        _, result = jobs.assess(network, data, device=target, reporter=show)
+        stages.append(StageResult(stage=stage, evaluation=result, seconds=seconds))  # type: ignore[arg-type]
+        return result
+
+    first = evaluated("dense", dense, 0.0)
+    clock = time.perf_counter()
+    statistics: Statistics | None = None
+    if found.sites:
+        statistics = jobs.analyze(dense, data, device=target, seed=recipe.seed, reporter=show)
+        statistics.save(folder / "statistics.safetensors")
+    chosen = jobs.plan(
+        dense,
+        found,
+        budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params),
+        criterion=recipe.apply.criterion,
+        device=target,
+        data=data,
+        statistics=statistics,
+        round_to=recipe.apply.round_to,
+        min_channels=recipe.apply.min_channels,
+        seed=recipe.seed,
+        reporter=show,
+    )
+    applied = jobs.apply_plan(
+        dense,
+        found,
+        chosen,
+        device=target,
+        data=data if recipe.apply.repair else None,
+        seed=recipe.seed,
+        reporter=show,
+    )
+    seconds = time.perf_counter() - clock
+    evaluated("cut", replace_module(applied.network, applied.cut), seconds)
+    network, last = applied.network, stages[-1].evaluation
+    if recipe.apply.repair:
+        last = evaluated("repaired", network, 0.0)
+    if recipe.finetune is not None:
+        clock = time.perf_counter()
+        total = recipe.finetune.epochs
+        with show.stage(f"fine-tune, {total} epochs", None) as update:
+            network = jobs.finetune(
+                network,
+                data,
+                recipe.finetune,
+                device=target,
+                teacher=dense,
+                seed=recipe.seed,
+                on_step=lambda log: update(1, total=log.total_steps, note=step_note(log)),
+            )
+        last = evaluated("fine-tuned", network, time.perf_counter() - clock)
+    files = {"artifact": folder / "pruned.safetensors"}
+    artifact.save(files["artifact"], network)
+    artifact.save(folder / "dense.safetensors", dense)
+    exported = _exports(network, recipe, folder, data, show)
+    run = Run(
+        name=recipe.name or f"{dense.header.arch.ref} on {data.ref}",
+        command=command,
+        arch=dense.header.arch,
+        data=data.ref,
+        classes=data.classes,
+        seed=recipe.seed,
+        environment=environment(target),
+        plan=chosen,
+        cost_before=applied.before,
+        cost_after=applied.after,
+        bytes_before=bytes_of(folder / "dense.safetensors"),
+        bytes_after=bytes_of(files["artifact"]),
+        max_abs_diff_masked=applied.max_abs_diff_masked,
+        stages=tuple(stages),
+        paired=_paired(first, last, data.test),
+        latency=_latency(dense, network, data, device=target, rounds=recipe.latency_rounds, show=show),
+        sites=() if statistics is None else summarise(statistics),
+        profiles=()
+        if statistics is None
+        else tuple(profile(statistics, site.name) for site in statistics.sites[:PROFILES]),
+        exported=exported,
+    )
+    files["run"] = folder / "run.json"
+    write_text(files["run"], to_json(run, indent=1))
+    page, markdown, _ = write_report([run], folder / "report.html")
+    files |= {"report": page, "markdown": markdown}
+    files |= {item.target: Path(item.output) for item in exported}
+    return RunOutcome(run=run, network=network, files=files)
+
+
+def replace_module(network: Network, module: torch.nn.Module) -> Network:
+    """Return a network with the same header around another module of the same sizes."""
+    return Network(module=module, header=network.header)
+
+
+def step_note(log: StepLog) -> str:
+    """Return what a progress bar says beside a training step."""
+    return f"epoch {log.epoch + 1}, loss {log.loss:.3f}, top-1 {100 * log.top1:.1f} %"
+
+
+def _paired(first: Evaluation, last: Evaluation, split: Split) -> PairedTest:
+    return paired(first, last, split)
+
+
+def _exports(
+    network: Network, recipe: RunRecipe, folder: Path, data: DataSource, show: jobs.Reporter
+) -> tuple[Exported, ...]:
+    results = []
+    for name in recipe.export:
+        images = real_images(data.test, network, EXPORT_IMAGES)
+        with show.stage(f"export to {name}", None):
+            item = export(network, name, folder / f"pruned.{name}", images)
+        results.append(replace(item, output=str(folder / f"pruned.{name}")))
+    return tuple(results)
+
+
+def real_images(split: Split, network: Network, count: int) -> torch.Tensor:
+    """Return up to `count` preprocessed images (N, C, H, W), spread over the classes."""
+    subset = balanced_subset(split, count, 0)
+    return torch.cat([images for images, _ in subset.batches(256, network.header.preprocessing)])
+
+
+def _latency(
+    dense: Network,
+    cut: Network,
+    data: DataSource,
+    *,
+    device: torch.device,
+    rounds: int,
+    show: jobs.Reporter,
+) -> tuple[Latency, Latency] | None:
+    if rounds < 1:
+        return None
+    image = real_images(data.train, dense, 1)
+    with show.stage("latency", None):
+        first, second = measure_latency(
+            [
+                ("torch", torch_runner(dense.module, image, device, 1)),
+                ("torch", torch_runner(cut.module, image, device, 1)),
+            ],
+            rounds=rounds,
+            warmup=10,
+            device=device,
+            threads=1,
+        )
+    dense.module.cpu()
+    cut.module.cpu()
+    return first, second
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return versions and hardware, for the report."""
+    result = {
+        "se-prune": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+    for name in PACKAGES:
+        try:
+            result[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return result
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            return platform.machine()
+    return platform.processor() or platform.machine()

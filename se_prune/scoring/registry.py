@@ -1,0 +1,112 @@
+"""The registry of criteria, and the evidence that they may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from se_prune.errors import UsageError, nearest
+from se_prune.gates.energies import ChannelEnergies
+from se_prune.gates.statistics import Statistics
+from se_prune.records import Coupling, GateSite, Scores
+
+if TYPE_CHECKING:
+    from se_prune.data.batches import Batch
+
+
+@dataclass(slots=True, kw_only=True)
+class Evidence:
+    """What a criterion may read; `batches` yields training images and is only called by those that need it."""
+
+    model: nn.Module
+    example: torch.Tensor
+    sites: tuple[GateSite, ...]
+    couplings: tuple[Coupling, ...]
+    seed: int
+    device: torch.device
+    statistics: Statistics | None = None
+    energies: ChannelEnergies | None = None
+    batches: Callable[[], Iterator[Batch]] | None = None
+
+
+Rule = Callable[[Evidence, Sequence[Coupling]], dict[str, tuple[float, ...]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """A rule, what it needs, and whether its scores of different groups are in one unit."""
+
+    name: str
+    summary: str
+    rule: Rule
+    comparable: bool
+    needs: frozenset[str]
+
+
+CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(
+    name: str, summary: str, *, comparable: bool = False, needs: Sequence[str] = ()
+) -> Callable[[Rule], Rule]:
+    """Register a rule under a name; a name twice is our mistake."""
+
+    def register(rule: Rule) -> Rule:
+        assert name not in CRITERIA, f"criterion {name} is registered twice"
+        CRITERIA[name] = Criterion(
+            name=name, summary=summary, rule=rule, comparable=comparable, needs=frozenset(needs)
+        )
+        return rule
+
+    return register
+
+
+def find(name: str) -> Criterion:
+    """Return a criterion by name.
+
+    Raises:
+        UsageError: There is none; the message lists all.
+    """
+    load_all()
+    if name not in CRITERIA:
+        raise UsageError(
+            f"no criterion is called '{name}'{nearest(name, CRITERIA)}; there are: {', '.join(CRITERIA)}."
+        )
+    return CRITERIA[name]
+
+
+def load_all() -> None:
+    """Import the files that register criteria."""
+    from se_prune.scoring import baselines, excitation
+
+    assert baselines
+    assert excitation
+
+
+def score(name: str, evidence: Evidence) -> Scores:
+    """Score every group that can be cut.
+
+    Raises:
+        UsageError: No such criterion, or it needs data that was not given.
+    """
+    chosen = find(name)
+    have = {
+        "statistics": evidence.statistics is not None,
+        "energies": evidence.energies is not None,
+        "batches": evidence.batches is not None,
+    }
+    missing = [need for need in sorted(chosen.needs) if not have[need]]
+    if missing:
+        raise UsageError(
+            f"--criterion {name} measures images; add --data (or --stats of `se-prune analyze`)."
+        )
+    wanted = [c for c in evidence.couplings if c.group.prunable]
+    groups = chosen.rule(evidence, wanted)
+    for coupling in wanted:
+        values = groups[coupling.group.name]
+        assert len(values) == coupling.group.channels, coupling.group.name
+    return Scores(criterion=name, comparable=chosen.comparable, groups=groups)

@@ -1,0 +1,1 @@
+"""Taking channels out of a network for real, proving it, and repairing what is left."""

@@ -1,0 +1,498 @@
+"""Reports from a whole record and from poor ones: what they show, what they leave out, what they let nobody inject."""
+
+import base64
+import dataclasses
+import itertools
+import json
+import math
+import re
+import struct
+from html.parser import HTMLParser
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from se_prune.errors import SePruneError, UsageError
+from se_prune.records import GateProfile, Run, from_json, to_json
+from se_prune.report import figures, html, load_run, markdown, sections, tables, text, write_report
+from tests.runs import CLASSES, N_IMAGES, SITES, cost, evaluation, make_run, profile
+
+LINKS = ("src", "href", "action", "data", "poster", "srcset", "xlink:href")
+HOSTILE = '<script>alert("x")</script>|`*_[%{x}]&amp;<img src=x onerror=alert(1)>'
+SECTIONS = {
+    "before-after": "Before and after",
+    "stages": "Accuracy at each stage",
+    "channels": "Channels kept",
+    "gates": "What the gates do",
+    "classes": "Accuracy of each class",
+    "exported": "Exported files",
+    "left-out": "What the cost leaves out",
+    "reproduce": "How to reproduce",
+}
+
+
+PLOTLY = get_plotlyjs()
+
+
+class Page(HTMLParser):
+    """What a browser would make of a report: elements, links, ids, the text outside of scripts, embedded JSON."""
+
+    def __init__(self, source):
+        super().__init__()
+        assert source.count(PLOTLY) == 1, "plotly.js is inside, once"
+        source = source.replace(PLOTLY, "")
+        self.tags, self.links, self.ids, self.words, self.data = [], [], [], [], {}
+        self.inside, self.json_id, self.handlers = None, None, []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.tags.append(tag)
+        self.links += [values[name] for name in LINKS if name in values]
+        self.handlers += [name for name in values if name.startswith("on")]
+        self.ids += [values["id"]] if "id" in values else []
+        self.inside = tag if tag in {"script", "style"} else self.inside
+        self.json_id = values.get("id") if values.get("type") == "application/json" else None
+
+    def handle_endtag(self, tag):
+        if tag == self.inside:
+            self.inside = None
+
+    def handle_data(self, content):
+        if self.inside is None:
+            self.words.append(content)
+        elif self.json_id is not None:
+            self.data[self.json_id] = json.loads(content)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def run():
+    return make_run()
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return Page(html.render([run]))
+
+
+@pytest.fixture(scope="module")
+def prose(run):
+    return markdown.render([run])
+
+
+def unpacked(curve):
+    raw = base64.b64decode(curve["u16"])
+    return [curve["low"] + curve["step"] * step for (step,) in struct.iter_unpack("<H", raw)]
+
+
+def test_three_files_are_written_and_the_json_reads_back(tmp_path, run):
+    written = write_report([run], tmp_path / "deep" / "half.html")
+    assert written == [tmp_path / "deep" / f"half.{suffix}" for suffix in ("html", "md", "json")]
+    assert sorted(tmp_path.rglob("*.*")) == sorted(written)
+    [record] = json.loads(written[2].read_text())
+    assert from_json(Run, json.dumps(record)) == run
+    assert record["stages"][0]["evaluation"]["predictions"] == list(run.stages[0].evaluation.predictions)
+    assert record["stages"][0]["evaluation"]["top1"] == 0.9431
+    assert load_run(written[2]) == run
+
+
+def test_the_page_is_one_file_that_opens_offline(run):
+    source = html.render([run])
+    page = Page(source)
+    assert len(source.encode()) <= 6_000_000
+    assert page.links, "the page has links to its own sections"
+    assert all(link.startswith("#") or link == "data:," for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    style = re.search(r"<style>(.*?)</style>", source, re.DOTALL).group(1)
+    assert "font-family" in style
+    assert "url(" not in style
+    assert "@import" not in style
+    assert not {"iframe", "object", "embed", "img", "form"} & set(page.tags)
+
+
+def test_ids_are_unique_and_headings_do_not_skip_a_level(run):
+    page = Page(html.render([run, dataclasses.replace(run, name="again")]))
+    assert len(page.ids) == len(set(page.ids))
+    levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert max(levels) == 3
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_every_table_has_a_caption_and_heads_with_scope(page):
+    assert page.tags.count("table") == page.tags.count("caption") == 9
+    assert "th" in page.tags
+    source = html.render([make_run()])
+    assert not re.search(r"<th(?![^>]*scope=)[ >]", source)
+
+
+@pytest.mark.parametrize(("key", "title"), SECTIONS.items())
+def test_every_section_is_there(page, prose, key, title):
+    assert f"run-1-{key}" in page.ids
+    assert title in page.text
+    assert f"## {title}\n" in prose
+
+
+def test_the_verdict_is_computed_from_the_record(page, prose, run):
+    expected = (
+        "zoo:se_resnet20 keeps 48.9 % of its MACs and 51.0 % of its parameters; top-1 94.31 % → 93.98 % "
+        "(difference −0.33 points, exact McNemar p = 0.12) on 10,000 test images."
+    )
+    assert sections.verdict(run) == expected
+    assert expected in page.text
+    assert f"**{expected}**" in prose
+
+
+def test_the_verdict_claims_only_what_is_recorded(run):
+    assert sections.verdict(dataclasses.replace(run, paired=None)).endswith(
+        "(difference −0.33 points) on 10,000 test images."
+    )
+    bare = dataclasses.replace(run, paired=None, stages=())
+    assert sections.verdict(bare) == "zoo:se_resnet20 keeps 48.9 % of its MACs and 51.0 % of its parameters."
+
+
+NUMBERS = [
+    "41.00 M",
+    "20.05 M",
+    "120.00 k",
+    "42.5 %",
+    "1.14 MB",
+    "598.0 kB",
+    "93.84–94.75 %",
+    "7.61 ms",
+    "5.35–5.96 ms",
+    "1.38× as fast",
+    "torch on cpu, 1 thread, batch 1, 50 interleaved rounds",
+    "2.1e-06",
+    "−63.11 points",
+    "4 min 12 s",
+    "168 of 352",
+    "at the floor of 4 hidden units",
+    "71.0 %",
+    "583.1 kB",
+    "0.653 ms",
+    "batch_norm (calls)",
+    "se-prune run recipes/half.toml -o runs/half",
+    "seed 7",
+    "2.14.1",
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_page_and_markdown_show_the_same_numbers(page, prose, number):
+    assert number in page.text
+    assert number in prose
+
+
+def test_the_advice_to_fold_is_counted(page):
+    assert "The advice is to fold 1 of 4 gate sites." in page.text
+
+
+OPTIONAL = {
+    "stages": ({"stages": (), "paired": None}, {"stages", "classes"}),
+    "exported": ({"exported": ()}, {"exported"}),
+    "sites and profiles": ({"sites": (), "profiles": ()}, {"gates"}),
+}
+
+
+@pytest.mark.parametrize(("missing", "gone"), OPTIONAL.values(), ids=OPTIONAL)
+def test_what_is_not_recorded_has_no_section(missing, gone):
+    whole, poor = make_run(), make_run(**missing)
+    keys = {section.key for section in sections.of_run(whole, 1e6)}
+    assert keys == set(SECTIONS)
+    assert keys - {section.key for section in sections.of_run(poor, 1e6)} == gone
+    titles = [SECTIONS[key] for key in gone]
+    page = Page(html.render([poor]))
+    assert not [title for title in titles if title in page.text or title in markdown.render([poor])]
+
+
+def test_latency_appears_only_where_it_was_measured(page):
+    poor = make_run(latency=None)
+    assert "interleaved rounds" in page.text
+    assert "latency, batch 1, median" in page.text
+    rendered = Page(html.render([poor])).text + markdown.render([poor])
+    assert "interleaved rounds" not in rendered
+    assert "median" not in rendered
+
+
+def test_one_stage_alone_claims_no_change():
+    run = make_run(stages=make_run().stages[:1], paired=None)
+    assert "points" not in sections.verdict(run)
+    page = Page(html.render([run]))
+    assert "run-1-stages" in page.ids
+    assert "run-1-classes" not in page.ids
+
+
+def hostile_run():
+    classes = (HOSTILE, *CLASSES[1:])
+    stages = tuple(
+        dataclasses.replace(stage, evaluation=evaluation(9000 + i, classes=classes))
+        for i, stage in enumerate(make_run().stages)
+    )
+    plan = make_run().plan
+    group = dataclasses.replace(plan.groups[0], name=HOSTILE, note=HOSTILE)
+    return make_run(
+        name=HOSTILE,
+        command=f"echo ```` {HOSTILE}",
+        classes=classes,
+        stages=stages,
+        plan=dataclasses.replace(plan, groups=(group, *plan.groups[1:])),
+        profiles=(profile(SITES[0], 16, 0.1, classes),),
+        environment={HOSTILE: HOSTILE},
+    )
+
+
+def test_hostile_names_stay_text_in_the_page(page):
+    hostile = Page(html.render([hostile_run()]))
+    assert hostile.handlers == []
+    assert set(hostile.tags) <= set(page.tags)
+    scripts = {tag: hostile.tags.count(tag) for tag in ("script", "img")}
+    assert scripts == {"script": page.tags.count("script"), "img": 0}
+    assert " ".join(HOSTILE.split()) in hostile.text
+
+
+def test_plotly_gets_no_markup_from_a_name():
+    spec = json.dumps(Page(html.render([hostile_run()])).data)
+    assert "&lt;script&gt;" in spec
+    assert "<script" not in spec
+    assert "<img" not in spec
+
+
+def test_hostile_names_stay_text_in_markdown():
+    source = markdown.render([hostile_run()])
+    prose, fenced, versions = re.split(r"^`````(?:sh)?$", source, flags=re.MULTILINE)
+    assert HOSTILE in fenced, "a command is shown as it is, inside a fence longer than its own backticks"
+    prose += versions
+    unescaped = re.findall(r"(?<!\\)<(?!/?(?:details|summary)>)", prose)
+    assert r"\<script\>" in prose
+    assert unescaped == []
+    rows = [line for line in prose.splitlines() if line.startswith("|") and "script" in line]
+    heads = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    assert heads == {3, 5, 7}, "the escaped bar adds no column to the tables of two, four and six"
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("a_b", "a_b"),
+        ("__background__", r"\_\_background\_\_"),
+        ("a|b", r"a\|b"),
+        ("a\nb", "a b"),
+        ("&lt;", "&amp;lt;"),
+    ],
+)
+def test_markdown_escapes_only_what_it_must(raw, shown):
+    assert markdown.escape(raw) == shown
+
+
+def test_gate_profiles_hold_every_site_and_class(page, run):
+    specs = page.data["run-1-gates-figure-1-data"]
+    assert len(specs) == len(run.profiles)
+    for spec, site in zip(specs, run.profiles, strict=True):
+        curves = [unpacked(trace["y"]) for trace in spec["data"]]
+        assert len(curves) == 2 + len(CLASSES) + 1
+        assert curves[-1] == pytest.approx(site.mean, abs=2e-5)
+        assert curves[2] == pytest.approx(site.per_class[CLASSES[0]], abs=2e-5)
+        assert curves[1] == pytest.approx([m + s for m, s in zip(site.mean, site.std, strict=True)], abs=2e-5)
+        *thin, bold = (trace["line"]["width"] for trace in spec["data"][2:])
+        assert max(thin) < bold / 2
+        assert spec["data"][-1]["name"] == "mean of all classes"
+        assert spec["data"][-1]["hovertemplate"].count("%{") == 3
+    assert page.tags.count("option") == len(SITES)
+
+
+def test_the_site_that_differs_most_between_classes_comes_first(run):
+    assert run.profiles[figures.lively_site(run.profiles)].site == SITES[2]
+
+
+def test_a_missing_gate_is_a_gap_and_not_a_number():
+    spec = figures.gate_profile(
+        GateProfile(site="se", mean=(0.5, math.nan, 0.7), std=(0.0, 0.0, 0.0), per_class={}), []
+    )
+    steps = [step for (step,) in struct.iter_unpack("<H", base64.b64decode(spec["data"][-1]["y"]["u16"]))]
+    assert steps == [0, figures.NO_VALUE, figures.NO_VALUE - 1]
+
+
+def test_of_many_classes_the_liveliest_are_drawn_in_their_order():
+    names = [f"class {i}" for i in range(40)]
+    lively = {"class 3", "class 20", "class 31"}
+    per_class = {name: (0.9, 0.1) if name in lively else (0.5, 0.5) for name in names}
+    record = GateProfile(site="se", mean=(0.5, 0.5), std=(0.1, 0.1), per_class=per_class)
+    assert figures.lively_classes([record], 3) == ["class 3", "class 20", "class 31"]
+    assert figures.lively_classes([record], 40) == names
+
+
+def large_run(sites=16, channels=944, classes=30):
+    """Return a run with the gate profiles of an SE-ResNet-50 and many classes."""
+    names = tuple(f"class number {i}" for i in range(classes))
+    profiles = tuple(profile(f"layer{i}.se", channels, 0.1, names) for i in range(sites))
+    return make_run(profiles=profiles, classes=names)
+
+
+def test_large_profiles_are_thinned_to_fit_and_it_is_said():
+    run = large_run()
+    page = html.render([run] * 3)
+    assert len(page.encode()) <= 6_000_000
+    shown = Page(page)
+    lines = {len(spec["data"]) - 3 for i in (1, 2, 3) for spec in shown.data[f"run-{i}-gates-figure-1-data"]}
+    assert lines == {4}
+    assert "; the 4 of 30 classes that differ most from it" in shown.text
+
+
+def test_profiles_that_cannot_fit_are_left_to_the_json():
+    page = Page(html.render([large_run(classes=2)] * 14))
+    assert "run-1-gates" in page.ids
+    assert "run-1-gates-figure-1" not in page.ids
+    assert (
+        "The profiles of 16 gates by channel and class are too large for this page; the JSON has them."
+        in page.text
+    )
+
+
+def test_a_page_above_the_limit_is_refused(monkeypatch, run):
+    monkeypatch.setattr(html, "MAX_BYTES", 4_000_000)
+    with pytest.raises(SePruneError, match=r"these 1 runs would take 4\.\d MB, more than 4 MB; report fewer"):
+        html.render([run])
+
+
+def test_many_classes_show_both_ends():
+    names = tuple(f"class {i}" for i in range(1000))
+    stages = tuple(
+        dataclasses.replace(stage, evaluation=evaluation(9000 + i, classes=names))
+        for i, stage in enumerate(make_run().stages)
+    )
+    run = make_run(stages=stages)
+    table = tables.classes(run)
+    assert len(table.rows) == tables.CLASS_ROWS
+    assert "of 1,000" in table.caption
+    assert table.is_long
+    changes = [last - dense for _, dense, last in tables.class_changes(run)]
+    assert changes == sorted(changes)
+    assert len(figures.classes(run)["data"][0]["x"]) == figures.CLASS_BARS
+    assert "<details>" in markdown.render([run])
+
+
+def test_bars_show_channels_kept_by_kind(run):
+    spec = figures.channels(run.plan.groups)
+    track, *kinds = spec["data"]
+    assert track["text"][:3] == ["8 of 16", "8 of 16", "4 of 4"]
+    assert len(kinds) == 4
+    kept = {name: value for trace in kinds for name, value in zip(trace["y"], trace["x"], strict=True)}
+    assert kept == {g.name: 100 * (g.channels - len(g.removed)) / g.channels for g in run.plan.groups}
+    assert len({trace["marker"]["color"] for trace in kinds}) == 4
+    assert "at the floor of 8 channels" in json.dumps(kinds)
+
+
+def test_error_bars_reach_to_the_wilson_interval(run):
+    [trace] = figures.stages(run)["data"]
+    low, high = run.stages[1].evaluation.top1_ci95
+    assert trace["y"][1] + trace["error_y"]["array"][1] == pytest.approx(100 * high)
+    assert trace["y"][1] - trace["error_y"]["arrayminus"][1] == pytest.approx(100 * low)
+
+
+def test_several_runs_are_compared_first(run):
+    other = make_run(
+        name="three quarters",
+        cost_after=cost(31_000_000, 210_000, 90_000),
+        stages=(*run.stages[:1], dataclasses.replace(run.stages[1], evaluation=evaluation(9410))),
+        paired=None,
+        latency=None,
+    )
+    page = Page(html.render([run, other]))
+    assert page.ids.index("comparison") < page.ids.index("run-1") < page.ids.index("run-2")
+    assert page.text.count("keeps 48.9 % of its MACs") == page.text.count("keeps 75.6 % of its MACs") == 1
+    dense, pruned = page.data["comparison-figure-1-data"][0]["data"]
+    assert (dense["x"], pruned["x"]) == ([41.0], [20.049, 31.0])
+    assert pruned["text"] == ["1", "2"]
+    table = tables.comparison([run, other])
+    assert table.rows[0][-2:] == ("0.12", "1.38×")
+    assert table.rows[1][-2:] == ("–", "–")
+    assert "p" not in tables.comparison([other]).head
+    assert "## Comparison" in markdown.render([run, other])
+    assert "Comparison" not in Page(html.render([run])).text
+
+
+def test_runs_on_different_data_are_not_compared_silently(run):
+    other = dataclasses.replace(run, data="cifar10")
+    warning = "The runs use different data (fashion-mnist, cifar10); their accuracies do not compare."
+    assert warning in Page(html.render([run, other])).text
+    assert warning not in Page(html.render([run, run])).text
+
+
+def test_no_run_and_no_html_name_are_refused(tmp_path, run):
+    with pytest.raises(UsageError, match="there is no run to report"):
+        write_report([], tmp_path / "a.html")
+    with pytest.raises(UsageError, match=r"got .*a\.pdf; give -o a name that ends in \.html"):
+        write_report([run], tmp_path / "a.pdf")
+    assert list(tmp_path.iterdir()) == []
+    assert write_report([run], tmp_path / "a")[0] == tmp_path / "a.html"
+
+
+def test_a_run_record_is_not_replaced_by_the_reports_json(tmp_path, run):
+    record = tmp_path / "half.json"
+    record.write_text(to_json(run))
+    with pytest.raises(
+        UsageError, match=r"would replace the run record .*half\.json; .* such as half-report\.html"
+    ):
+        write_report([run], tmp_path / "half.html")
+    assert load_run(record) == run
+    assert list(tmp_path.iterdir()) == [record]
+    for _ in range(2):
+        assert len(write_report([run], tmp_path / "half-report.html")) == 3
+
+
+def test_a_missing_or_damaged_record_says_what_to_do(tmp_path, run):
+    with pytest.raises(
+        SePruneError, match=r"cannot read the run record .*no\.json: No such file.*`se-prune run`"
+    ):
+        load_run(tmp_path / "no.json")
+    cases = {
+        to_json(run)[:-20]: r"is not valid: .*damaged or of another version; copy it again",
+        "{}": r"is not valid: .*repeat the run",
+        "[": r"is damaged \(",
+        f"[{to_json(run)},{to_json(run)}]": "report of 2 runs; give the record of one run",
+    }
+    for content, message in cases.items():
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(SePruneError, match=message):
+            load_run(tmp_path / "run.json")
+
+
+def test_colours_are_named_so_that_they_follow_the_scheme(run):
+    source = html.render([run, run])
+    used = set(re.findall(r"var\(--([a-z]+)\)", source.split("</style>")[1]))
+    light, dark = re.findall(r":root(?::not\(\.printing\))? \{(.*?)\}", source, re.DOTALL)[:2]
+    assert used >= {"ink", "blue", "orange", "track"}
+    for name in used:
+        assert f"--{name}:" in light
+        assert f"--{name}:" in dark
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (text.percent(-0.001), "−0.1 %"),
+        (text.points(0.0), "0.00 points"),
+        (text.points(-0.000001), "0.00 points"),
+        (text.points(0.012), "+1.20 points"),
+        (text.share(1, 0), "–"),
+        (text.scaled(3_860_488_192), "3.860 G"),
+        (text.scaled(640), "640"),
+        (text.p_value(3e-9), "< 0.0001"),
+        (text.p_value(0.0123), "= 0.012"),
+        (text.significant(0.06531), "0.0653"),
+        (text.significant(1234.5), "1234"),
+        (text.duration(7500), "2 h 05 min"),
+        (text.duration(59.7), "1 min 00 s"),
+        (text.tiny(0.0), "0"),
+        (text.interval((0.5, 1.0)), "50.00–100.00 %"),
+        (text.count(N_IMAGES), "10,000"),
+    ],
+)
+def test_numbers_are_written_as_people_read_them(shown, expected):
+    assert shown == expected
