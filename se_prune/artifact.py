@@ -6,6 +6,7 @@ architecture, its layers are set to the recorded sizes, and the tensors are load
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from se_prune.errors import CheckpointError, SePruneError
-from se_prune.files import whole_file
-from se_prune.records import ArtifactHeader, Geometry, from_json, to_json
+from se_prune.files import write_tensors
+from se_prune.records import ArchSpec, ArtifactHeader, Geometry, from_json, to_json
 from se_prune.zoo import registry
 
 if TYPE_CHECKING:
@@ -61,32 +61,47 @@ def changed_geometry(dense: nn.Module, cut: nn.Module) -> dict[str, Geometry]:
     return result
 
 
+def weight_shape(module: nn.Module, size: Geometry) -> tuple[int, ...]:
+    """Return the shape of a layer's weight at a recorded size.
+
+    Raises:
+        CheckpointError: The layer is of another kind, or the size is impossible.
+    """
+    impossible = CheckpointError(f"the artifact records an impossible layer size: {size}.")
+    if min(size.in_channels, size.out_channels, size.groups) < 1 or size.in_channels % size.groups:
+        raise impossible
+    if isinstance(module, CONV_TYPES):
+        depthwise = module.groups == module.in_channels and size.groups == size.in_channels
+        if size.groups != module.groups and not depthwise:
+            raise impossible
+        return (size.out_channels, size.in_channels // size.groups, *module.kernel_size)
+    if isinstance(module, nn.Linear):
+        return (size.out_channels, size.in_channels)
+    if isinstance(module, NORM_TYPES):
+        return (size.out_channels,)
+    raise CheckpointError(f"the artifact resizes a {type(module).__name__}, which has no channels.")
+
+
 def resize(module: nn.Module, size: Geometry) -> None:
     """Set a layer to a recorded size; its parameters become uninitialised tensors of the new shapes.
 
     Raises:
         CheckpointError: The layer is of another kind, or the size is impossible.
     """
-    if min(size.in_channels, size.out_channels, size.groups) < 1 or size.in_channels % size.groups:
-        raise CheckpointError(f"the artifact records an impossible layer size: {size}.")
+    shape = weight_shape(module, size)
     if isinstance(module, CONV_TYPES):
         module.in_channels, module.out_channels, module.groups = (
             size.in_channels,
             size.out_channels,
             size.groups,
         )
-        shape = (size.out_channels, size.in_channels // size.groups, *module.kernel_size)
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = size.in_channels, size.out_channels
-        shape = (size.out_channels, size.in_channels)
     elif isinstance(module, NORM_TYPES):
         module.num_features = size.out_channels
-        shape = (size.out_channels,)
-    else:
-        raise CheckpointError(f"the artifact resizes a {type(module).__name__}, which has no channels.")
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if tensor.ndim:
-            target = torch.empty(shape if name == "weight" else (size.out_channels,), dtype=tensor.dtype)
+            target = tensor.new_empty(shape if name == "weight" else (size.out_channels,))
             if isinstance(tensor, nn.Parameter):
                 setattr(module, name, nn.Parameter(target))
             else:
@@ -99,14 +114,7 @@ def save(path: str | Path, network: Network) -> None:
     Raises:
         SePruneError: The file cannot be written.
     """
-    tensors = {
-        key: value.detach().cpu().contiguous().clone() for key, value in network.module.state_dict().items()
-    }
-    with whole_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={HEADER_KEY: to_json(network.header)})
-        except SafetensorError as error:
-            raise OSError(0, str(error)) from error
+    write_tensors(path, network.module.state_dict(), {HEADER_KEY: to_json(network.header)})
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -148,28 +156,61 @@ def load(path: str | Path, *, trust: str | None = None) -> Network:
 
     Args:
         path: The `.safetensors` file.
-        trust: The user factory (`package.module:factory`) that the caller allows the file to call.
+        trust: The user factory (`package.module:factory`) that the caller allows the file to call; it does not
+            widen what a file may ask of a library.
 
     Raises:
         CheckpointError: The file is missing, broken, unsafe, or does not fit its own architecture.
     """
     header = read_header(path)
-    if header.arch.ref != trust and not registry.is_trusted(header.arch):
+    own = registry.is_library(header.arch.ref)
+    if own and not registry.is_trusted(header.arch):
+        raise CheckpointError(
+            f"{path} asks for {header.arch.ref} with {header.arch.kwargs}, which no artifact of ours does; it is "
+            "damaged, of another version, or not to be trusted."
+        )
+    if not own and header.arch.ref != trust:
         raise CheckpointError(
             f"{path} wants to call {header.arch.ref}, which is not one of our libraries; "
             f"if you trust it, add --arch {header.arch.ref}."
         )
     with safe_open(str(path), framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    module = registry.build(header.arch)
+    module = _dense(header.arch, state, str(path)) if own else registry.build(header.arch)
     apply_geometry(module, header.geometry, state, what=str(path))
     return Network(module=module.eval(), header=header)
+
+
+def _dense(spec: ArchSpec, state: Mapping[str, torch.Tensor], what: str) -> nn.Module:
+    """Build a library's network from a header that may say anything.
+
+    No size in the arguments can be larger than the largest side of a tensor in the file, and no network has more
+    layers than tensors. Networks of the zoo get no memory before their tensors are known to fit.
+
+    Raises:
+        CheckpointError: The arguments do not go with the tensors, or no network can be built from them.
+    """
+    largest = max((side for tensor in state.values() for side in tensor.shape), default=0)
+    for name, value in spec.kwargs.items():
+        limit = len(state) if name == "depth" else largest
+        if isinstance(value, int | float) and not 0 <= value <= limit:
+            raise CheckpointError(
+                f"{what} asks for {spec.ref} with {name}={value}, which does not go with its tensors; it is damaged."
+            )
+    try:
+        with torch.device("meta") if spec.ref.startswith("zoo:") else contextlib.nullcontext():
+            return registry.build(spec)
+    except Exception as error:  # whatever a factory raises, the header's arguments made it do so
+        raise CheckpointError(
+            f"{what} asks for {spec.ref} with {spec.kwargs}, which cannot be built ({error}); it is damaged, or "
+            "was written with other versions of the libraries."
+        ) from error
 
 
 def apply_geometry(
     module: nn.Module, sizes: Mapping[str, Geometry], state: Mapping[str, torch.Tensor], *, what: str
 ) -> None:
-    """Resize the layers of a dense module and load `state` strictly.
+    """Resize the layers of a dense module and load `state` strictly; a module on `meta` takes its tensors.
 
     Raises:
         CheckpointError: A layer or a tensor is missing, left over, or of another shape.
@@ -178,12 +219,15 @@ def apply_geometry(
     for name, size in sizes.items():
         if name not in modules:
             raise CheckpointError(f"{what} resizes '{name}', which its architecture does not have.")
-        weight = state.get(f"{name}.weight")
-        if weight is None or weight.shape[0] != size.out_channels:
+        shape = weight_shape(modules[name], size)
+        stored = state.get(f"{name}.weight", state.get(f"{name}.running_mean"))
+        if stored is None or stored.shape != shape:
             raise CheckpointError(f"{what}: the recorded size of '{name}' does not fit its tensor.")
         resize(modules[name], size)
+    own = module.state_dict()
+    given = {k: v.to(own[k].dtype, copy=True) if k in own else v for k, v in state.items()}
     try:
-        module.load_state_dict(dict(state), strict=True)
+        module.load_state_dict(given, strict=True, assign=any(value.is_meta for value in own.values()))
     except RuntimeError as error:
         raise CheckpointError(f"{what} does not fit its architecture: {short_mismatch(error)}.") from error
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from se_prune.errors import SePruneError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextlib.contextmanager
@@ -31,13 +36,65 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.replace(target)
     except OSError as error:
-        raise SePruneError(
-            f"cannot write {target}: {error.strerror or error}. Nothing was changed; free space there or choose "
-            "another place with -o."
-        ) from error
+        raise _refused(target, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        SePruneError: The folder cannot be written, or the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    with whole_file(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
+
+
+def _refused(target: Path, error: OSError) -> SePruneError:
+    return SePruneError(
+        f"cannot write {target}: {error.strerror or error}. Nothing was changed; free space there or choose "
+        "another place with -o."
+    )
+
+
+def require_writable(path: str | Path) -> None:
+    """Fail before hours of work rather than after them, where a file could not be written in the end.
+
+    Raises:
+        SePruneError: The folder cannot be made or written, or `path` is a folder.
+    """
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise _refused(target, error) from error
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder where it is missing.
+
+    Raises:
+        SePruneError: It cannot be made, or a file stands in its place.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SePruneError(
+            f"cannot make the folder {path}: {error.strerror or error}; choose another place."
+        ) from error
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import field
 from pathlib import Path
@@ -164,8 +165,9 @@ def _check_ranges(settings: TrainSettings, what: str) -> None:
         "distill_temperature": 1e-3,
     }
     for name, least in limits.items():
-        if getattr(settings, name) < least:
-            raise UsageError(f"{what}: {name} must be at least {least}, got {getattr(settings, name)}.")
+        value = getattr(settings, name)
+        if not least <= value < math.inf:  # also refuses NaN
+            raise UsageError(f"{what}: {name} must be at least {least} and finite, got {value}.")
 
 
 def known_settings() -> list[str]:

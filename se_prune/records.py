@@ -453,16 +453,12 @@ def from_dict(cls: type[T], values: dict[str, Any], *, what: str = "record") -> 
     return _validated(cls, lambda: _adapter(cls).validate_python(values), what)
 
 
-def _keys(cls: type[Any]) -> set[str]:
-    """Return the field names of a record and of the records in it."""
-    keys: set[str] = set()
-    if dataclasses.is_dataclass(cls):
-        for name, hint in get_type_hints(cls).items():
-            keys.add(name)
-            for part in (hint, *get_args(hint)):
-                if isinstance(part, type) and part is not cls:
-                    keys |= _keys(part)
-    return keys - {"__pydantic_config__"}
+def _keys(hint: Any) -> set[str]:
+    """Return the field names of every record in a type."""
+    if not dataclasses.is_dataclass(hint):
+        return {key for part in get_args(hint) for key in _keys(part)}
+    hints = {f.name: get_type_hints(hint)[f.name] for f in dataclasses.fields(hint)}
+    return {*hints, *(key for part in hints.values() for key in _keys(part))}
 
 
 def _validated(cls: type[T], read: Any, what: str) -> T:
@@ -471,9 +467,9 @@ def _validated(cls: type[T], read: Any, what: str) -> T:
     try:
         return read()  # type: ignore[no-any-return]
     except ValidationError as error:
-        first = error.errors()[0]
+        # an unknown key first: a misspelled one is also missing under its right name
+        unknown = [e for e in error.errors() if e["type"] == "unexpected_keyword_argument"]
+        first = [*unknown, *error.errors()][0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
-        hint = ""
-        if first["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-            hint = nearest(str(first["loc"][-1]), _keys(cls))
+        hint = nearest(str(first["loc"][-1]), _keys(cls)) if unknown else ""
         raise SePruneError(f"{what} is not valid: {where}: {first['msg']}{hint}.") from error

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -55,7 +56,9 @@ class Output:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Print a table; the first column is left-aligned, the others right-aligned."""
-        table = Table(title=title, title_justify="left", header_style="bold")
+        table = Table(
+            title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
         for row in rows:
@@ -76,6 +79,13 @@ class Progressed:
     def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
         """Open a bar; the yielded function takes the advance, and `total` and `note` where they change."""
         started = time.monotonic()
+        if not ERR.is_terminal:
+            yield lambda *_, **__: None
+        else:
+            yield from self._bar(title, total)
+        ERR.print(f"[dim]{title}: {time.monotonic() - started:.1f} s[/dim]", highlight=False)
+
+    def _bar(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -97,7 +107,6 @@ class Progressed:
                 bar.update(task, advance=advance)
 
             yield update
-        ERR.print(f"[dim]{title}: {time.monotonic() - started:.1f} s[/dim]", highlight=False)
 
 
 def model_options(

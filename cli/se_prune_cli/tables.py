@@ -50,18 +50,16 @@ def plan_rows(plan: Plan) -> Table:
 
 
 def site_rows(sites: Sequence[SiteSummary]) -> Table:
-    """Return the site table of `analyze`."""
-    columns = ["gate site", "channels", "hidden", "mean", "std over images", "class specificity", "saturated"]
-    return [*columns, "fold loss", "advice"], [
+    """Return the site table of `analyze`; `std` is over images, `specificity` the between-class share of it."""
+    return ["gate site", "channels", "mean", "std", "specificity", "saturated", "fold loss", "advice"], [
         [
             s.name,
-            str(s.channels),
-            str(s.hidden),
-            f"{s.mean:.3f}",
+            f"{s.channels}/{s.hidden}" if s.hidden else str(s.channels),
+            f"{s.mean:.2f}",
             f"{s.std_images:.3f}",
             f"{s.class_specificity:.2f}",
             percent(s.saturated, 1),
-            percent(s.fold_loss, 2),
+            percent(s.fold_loss, 1),
             s.advice,
         ]
         for s in sites

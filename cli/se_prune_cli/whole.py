@@ -35,7 +35,7 @@ def run_and_show(
     if run.latency is not None:
         dense, cut = run.latency
         out.console.print(
-            f"latency, torch, batch 1, 1 thread: {dense.median_ms:.2f} → {cut.median_ms:.2f} ms "
+            f"latency, {cut.runtime}, batch 1, {cut.threads} thread: {dense.median_ms:.2f} → {cut.median_ms:.2f} ms "
             f"({cut.ratio:.2f} × faster, median of {cut.rounds} interleaved rounds)",
             highlight=False,
         )

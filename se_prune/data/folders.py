@@ -31,8 +31,10 @@ class _Transformed(Dataset[tuple[torch.Tensor, int]]):
         try:
             image, label = self.source[where]
             return self.transform(image.convert(self.transform.mode)), int(label)
-        except OSError as error:
-            raise DataError(f"image {where} of {self.source} cannot be read: {error}; remove it.") from error
+        except (OSError, SyntaxError) as error:  # Pillow raises both for a broken file
+            files = getattr(self.source, "samples", None)
+            name = files[where][0] if files else f"image {where}"
+            raise DataError(f"{name} cannot be read ({error}); copy it again or remove it.") from error
 
 
 class _Transform:
@@ -133,7 +135,7 @@ class FolderImages:
     def batches(self, batch_size: int, preprocessing: Preprocessing) -> Iterator[Batch]:
         """Yield batches in order with timm's evaluation transform."""
         data = _Transformed(self.source, self.indices, _Transform(preprocessing, None))
-        yield from DataLoader(data, batch_size=batch_size, num_workers=self.workers)
+        yield from _loaded(DataLoader(data, batch_size=batch_size, num_workers=self.workers))
 
     def training_batches(
         self, settings: TrainSettings, preprocessing: Preprocessing, *, seed: int, epoch: int
@@ -142,10 +144,19 @@ class FolderImages:
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         data = _Transformed(self.source, self.indices, _Transform(preprocessing, settings))
         order = torch.randperm(len(self), generator=generator).tolist()
-        yield from DataLoader(
+        loader = DataLoader(
             Subset(data, order),
             batch_size=min(settings.batch_size, len(self)),
             num_workers=self.workers,
             drop_last=True,
             generator=generator,
         )
+        yield from _loaded(loader)
+
+
+def _loaded(loader: Any) -> Iterator[Batch]:
+    """Yield batches; a worker's `DataError` arrives as its whole traceback, of which the last line is the sentence."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error

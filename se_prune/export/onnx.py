@@ -14,7 +14,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,6 +227,16 @@ def _parity(module: nn.Module, session: Any, images: torch.Tensor, arch: str) ->
         )
     same = [(e.argmax(1) == a.argmax(1)) for e, a in zip(expected, actual, strict=True)]
     return difference, float(np.concatenate(same).mean())
+
+
+def onnx_runner(path: Path, images: torch.Tensor) -> Callable[[], None]:
+    """Return a callable that runs a file once on images (N, C, H, W), one CPU thread, for `measure_latency`."""
+    session, batch = _session(path), images.detach().cpu().float().numpy()
+
+    def run() -> None:
+        _logits(session, batch)
+
+    return run
 
 
 def _latency_ms(session: Any, image: NDArray[np.float32]) -> float:

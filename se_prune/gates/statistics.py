@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from se_prune.errors import CheckpointError, DataError
-from se_prune.files import whole_file
+from se_prune.files import write_tensors
 from se_prune.gates.energies import ChannelEnergies
 from se_prune.gates.tap import tap
 from se_prune.records import SCHEMA_VERSION, GateSite, Preprocessing, from_dict, to_dict
@@ -113,7 +112,7 @@ class Statistics:
         """Write a safetensors file, whole or not at all."""
         tensors = {"counts": self.counts}
         for name, value in self.sums.items():
-            tensors |= {f"{name}/{f.name}": getattr(value, f.name).contiguous() for f in fields(value)}
+            tensors |= {f"{name}/{f.name}": getattr(value, f.name) for f in fields(value)}
         if self.energies is not None:
             tensors[ENERGY_COUNTS] = self.energies.counts
             tensors |= {f"{ENERGY}{name}": value for name, value in self.energies.sums.items()}
@@ -122,8 +121,7 @@ class Statistics:
             "classes": list(self.classes),
             "sites": [to_dict(site) for site in self.sites],
         }
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(header)})
+        write_tensors(path, tensors, {HEADER_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -142,10 +140,16 @@ class Statistics:
                 site.name: SiteSums(**{f.name: tensors[f"{site.name}/{f.name}"] for f in fields(SiteSums)})
                 for site in sites
             }
-            return cls(classes=tuple(header["classes"]), counts=tensors["counts"], sites=sites, sums=sums)
+            return cls(
+                classes=tuple(header["classes"]),
+                counts=tensors["counts"],
+                sites=sites,
+                sums=sums,
+                energies=_read_energies(tensors),
+            )
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} does not exist; make it with `se-prune analyze`.") from error
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is not a statistics file of `se-prune analyze` ({error}); make it again."
             ) from error

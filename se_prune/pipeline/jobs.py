@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from se_prune.channels import couplings, layer_costs
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
-from se_prune.errors import DataError, SurgeryError
+from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.evaluate import evaluate
 from se_prune.gates.energies import collect_energies
 from se_prune.gates.sites import find_sites
@@ -89,6 +90,7 @@ class Applied:
     max_abs_diff_masked: float
     cut: nn.Module
     network: Network
+    repair_seconds: float
 
 
 def example_input(preprocessing: Preprocessing, n: int = 1) -> torch.Tensor:
@@ -136,6 +138,23 @@ def require_classes(network: Network, data: DataSource) -> None:
         raise DataError(
             f"the network has {outputs} classes but {data.ref} has {len(data.classes)}; use the data it was "
             "trained on, or a checkpoint with that many classes."
+        )
+
+
+def require_statistics(network: Network, found: Structure, statistics: Statistics) -> None:
+    """Check that statistics are of a network with these gate sites and layers.
+
+    Raises:
+        CheckpointError: They are of another network, or of this one before it was cut.
+    """
+    sums = {} if statistics.energies is None else statistics.energies.sums
+    widths = {name: value.shape[1] for name, value in sums.items()}
+    layers = {n: m for n, m in network.module.named_modules() if isinstance(m, artifact.CONV_TYPES)}
+    same = all(widths.get(name, layer.in_channels) == layer.in_channels for name, layer in layers.items())
+    if statistics.sites != found.sites or not same:
+        raise CheckpointError(
+            "the statistics are of another network, or of this one before it was cut; make them again with "
+            "`se-prune analyze`."
         )
 
 
@@ -207,9 +226,12 @@ def plan(
 
     Raises:
         UsageError: The criterion is unknown, or measures images and none were given.
+        CheckpointError: The statistics are of another network.
         BudgetError: The budget cannot be met.
     """
     needs = find(criterion).needs
+    if statistics is not None:
+        require_statistics(network, found, statistics)
     subset: Split | None = None
     if data is not None and needs:
         require_classes(network, data)
@@ -276,6 +298,7 @@ def apply_plan(
         after = count_cost(module, network.header.preprocessing, sites)
     repaired = artifact.clone(module)
     repair: dict[str, Any] = {}
+    started = time.perf_counter()
     if data is not None:
         subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
         with show.stage("repair", len(subset)) as update:
@@ -310,6 +333,7 @@ def apply_plan(
         max_abs_diff_masked=gap,
         cut=module,
         network=Network(module=repaired, header=header),
+        repair_seconds=time.perf_counter() - started,
     )
 
 

@@ -20,6 +20,7 @@ from se_prune.data.source import Split, balanced_subset
 from se_prune.device import choose_device
 from se_prune.evaluate import paired
 from se_prune.export import export
+from se_prune.export.onnx import onnx_runner
 from se_prune.files import write_text
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
@@ -30,7 +31,7 @@ from se_prune.report import write_report
 from se_prune.training.loop import StepLog
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
-#: Images on which an export is checked, spread over the classes of the test split.
+#: Training images on which an export is checked, spread over the classes.
 EXPORT_IMAGES = 256
 #: Sites whose gate profiles stand in the report; more make the page too large.
 PROFILES = 24
@@ -55,8 +56,8 @@ def run_recipe(
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
 
-    Analysis, scores, repair and fine-tuning see training images; test images are read by `evaluate` and by the
-    parity check of exports alone.
+    Analysis, scores, repair, fine-tuning and the parity check of exports see training images; test images are
+    read by `evaluate` alone.
 
     Args:
         recipe: What to do.
@@ -108,11 +109,11 @@ def run_recipe(
         seed=recipe.seed,
         reporter=show,
     )
-    seconds = time.perf_counter() - clock
+    seconds = time.perf_counter() - clock - applied.repair_seconds
     evaluated("cut", replace_module(applied.network, applied.cut), seconds)
     network, last = applied.network, stages[-1].evaluation
     if recipe.apply.repair:
-        last = evaluated("repaired", network, 0.0)
+        last = evaluated("repaired", network, applied.repair_seconds)
     if recipe.finetune is not None:
         clock = time.perf_counter()
         total = recipe.finetune.epochs
@@ -147,7 +148,7 @@ def run_recipe(
         max_abs_diff_masked=applied.max_abs_diff_masked,
         stages=tuple(stages),
         paired=_paired(first, last, data.test),
-        latency=_latency(dense, network, data, device=target, rounds=recipe.latency_rounds, show=show),
+        latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
         sites=() if statistics is None else summarise(statistics),
         profiles=()
         if statistics is None
@@ -181,7 +182,7 @@ def _exports(
 ) -> tuple[Exported, ...]:
     results = []
     for name in recipe.export:
-        images = real_images(data.test, network, EXPORT_IMAGES)
+        images = real_images(data.train, network, EXPORT_IMAGES)
         with show.stage(f"export to {name}", None):
             item = export(network, name, folder / f"pruned.{name}", images)
         results.append(replace(item, output=str(folder / f"pruned.{name}")))
@@ -198,23 +199,29 @@ def _latency(
     dense: Network,
     cut: Network,
     data: DataSource,
+    folder: Path,
     *,
+    recipe: RunRecipe,
     device: torch.device,
-    rounds: int,
     show: jobs.Reporter,
 ) -> tuple[Latency, Latency] | None:
-    if rounds < 1:
+    """Time dense and cut in turn, batch 1: in onnxruntime where the run exports to it, else in torch."""
+    if recipe.latency_rounds < 1:
         return None
     image = real_images(data.train, dense, 1)
     with show.stage("latency", None):
+        if "onnx" in recipe.export:
+            export(dense, "onnx", folder / "dense.onnx", image)
+            runtime, where = "onnxruntime", torch.device("cpu")
+            runners = [onnx_runner(folder / f"{name}.onnx", image) for name in ("dense", "pruned")]
+        else:
+            runtime, where = "torch", device
+            runners = [torch_runner(network.module, image, device, 1) for network in (dense, cut)]
         first, second = measure_latency(
-            [
-                ("torch", torch_runner(dense.module, image, device, 1)),
-                ("torch", torch_runner(cut.module, image, device, 1)),
-            ],
-            rounds=rounds,
+            [(runtime, runner) for runner in runners],
+            rounds=recipe.latency_rounds,
             warmup=10,
-            device=device,
+            device=where,
             threads=1,
         )
     dense.module.cpu()

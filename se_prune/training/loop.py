@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from se_prune.errors import DataError, SePruneError
+from se_prune.files import make_folder
 from se_prune.records import Preprocessing, TrainSettings, record, to_json
 from se_prune.training.optim import build_optimizer, learning_rate
 from se_prune.training.state import load_state, save_state
@@ -119,7 +119,7 @@ def fit(
     fingerprint = _fingerprint(settings, seed, len(split), model, teacher)
     done = 0
     if resume is not None:
-        resume.mkdir(parents=True, exist_ok=True)
+        make_folder(resume)
         done = load_state(resume, fingerprint, modules, optimizer)
     forward = torch.compile(model) if settings.compile else model
     run = _Run(model, teacher, settings, device, amp_dtype(settings, device), forward)  # type: ignore[arg-type]
@@ -150,6 +150,7 @@ def fit(
         result = TrainResult(
             steps=(epoch + 1) * steps_per_epoch, loss=loss_sum / seen, train_top1=right / seen
         )
+        _require_finite(*model.state_dict().values())
         if resume is not None:
             save_state(resume, fingerprint, result.steps, modules, optimizer)
     if ema is not None:
@@ -186,12 +187,21 @@ def _step(
         nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
     scaler.step(optimizer)
     scaler.update()
-    value = float(loss.detach())
-    if not math.isfinite(value):
+    _require_finite(loss.detach())
+    return float(loss.detach()), int((logits.detach().argmax(1) == labels).sum())
+
+
+def _require_finite(*values: torch.Tensor) -> None:
+    """Stop where the loss or the weights have left the numbers; the last state that was saved is good.
+
+    Raises:
+        SePruneError: A value is NaN or infinite.
+    """
+    if not all(bool(torch.isfinite(value).all()) for value in values):
         raise SePruneError(
-            "the training loss is not a number; lower the learning rate (--lr) or use --amp off."
+            "the training diverged (its loss or weights are not numbers any more); lower the learning rate (--lr), "
+            'or put amp = "off" in the recipe.'
         )
-    return value, int((logits.detach().argmax(1) == labels).sum())
 
 
 def _ema(model: nn.Module, settings: TrainSettings):  # type: ignore[no-untyped-def]

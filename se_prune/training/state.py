@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from se_prune.errors import CheckpointError
-from se_prune.files import whole_file
+from se_prune.files import write_tensors
 
 STATE_FILE = "training-state.safetensors"
 
@@ -32,10 +31,8 @@ def save_state(
                 tensors[f"optimizer/{index}/{key}"] = value
             else:
                 plain["state"][f"{index}/{key}"] = value
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     metadata = {"fingerprint": fingerprint, "step": str(step), "optimizer": json.dumps(plain)}
-    with whole_file(folder / STATE_FILE) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_tensors(folder / STATE_FILE, tensors, metadata)
 
 
 def load_state(

@@ -94,13 +94,18 @@ def resolve(ref: str, **kwargs: Any) -> ArchSpec:
     return ArchSpec(ref=ref, kwargs=kwargs)
 
 
+def is_library(ref: str) -> bool:
+    """Say whether a reference names a network of the zoo or a known library, and no user factory."""
+    return ref.rpartition(":")[0] in LIBRARIES
+
+
 def is_trusted(spec: ArchSpec) -> bool:
-    """Say whether a spec read from a file may be built: a known library, and arguments that load nothing."""
+    """Say whether a spec read from a file may be built: a known network, and arguments that load nothing."""
     library, _, name = spec.ref.rpartition(":")
     if library == "zoo" and name in ZOO:
         factory = ZOO[name][0]
         return set(spec.kwargs) <= set(inspect.signature(factory).parameters)
-    return library in LIBRARIES and set(spec.kwargs) <= COMMON_KWARGS
+    return library in LIBRARIES and set(spec.kwargs) <= COMMON_KWARGS and name in names(library)
 
 
 def build(spec: ArchSpec) -> nn.Module:

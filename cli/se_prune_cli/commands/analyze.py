@@ -48,12 +48,15 @@ def command(
     from se_prune.data import open_data
     from se_prune.device import choose_device
     from se_prune.errors import UsageError
+    from se_prune.files import require_writable
     from se_prune.gates.summary import liveness, summarise
     from se_prune.records import to_dict
 
     out = Output(as_json)
     if images is not None and images < 1:
         raise UsageError(f"--images must be at least 1, got {images}.")
+    if output is not None:
+        require_writable(output)
     target, source = choose_device(device), open_data(data)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
     out.say(preprocessing_line(network.header.preprocessing))

@@ -54,6 +54,7 @@ def command(
     from se_prune.data import open_data
     from se_prune.device import choose_device
     from se_prune.errors import UsageError
+    from se_prune.files import require_writable
     from se_prune.gates.statistics import Statistics
     from se_prune.recipe import budget_of
     from se_prune.records import to_dict
@@ -66,6 +67,8 @@ def command(
             "give -o OUT.safetensors for the pruned network, or --dry-run to see the plan alone."
         )
     needs = find(criterion).needs
+    if output is not None and not dry_run:
+        require_writable(output)
     target = choose_device(device)
     source = None if data is None else open_data(data)
     if repair and source is None and not dry_run:

@@ -31,7 +31,7 @@ def command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The file to write; MODEL with the target's suffix.")
     ] = None,
-    images: Annotated[int, typer.Option(help="Test images to check the file on.")] = 256,
+    images: Annotated[int, typer.Option(help="Training images to check the file on.")] = 256,
     arch: Arch = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
@@ -56,9 +56,9 @@ def command(
     pipeline.require_classes(network, source)
     target = output or Path(f"{Path(model.rpartition(':')[2]).stem}.{to}")
     with Progressed().stage(f"export to {to}", None):
-        result = export(network, to, target, real_images(source.test, network, images))
+        result = export(network, to, target, real_images(source.train, network, images))
     out.table(
-        f"{to}, checked on {result.images_checked} test images",
+        f"{to}, checked on {result.images_checked} training images",
         ["file", "bytes", "largest difference", "same top-1", "latency, batch 1, 1 thread"],
         [
             [

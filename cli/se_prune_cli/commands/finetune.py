@@ -38,12 +38,14 @@ def command(
     from se_prune.checkpoint import open_model
     from se_prune.data import open_data
     from se_prune.device import choose_device
+    from se_prune.files import require_writable
     from se_prune.pipeline.run import step_note
     from se_prune.recipe import find_recipe, train_settings
 
     out, show = Output(as_json), Progressed()
     file = None if recipe is None else find_recipe(recipe)
     settings = train_settings(file, "finetune", epochs=epochs, lr=lr, batch_size=batch_size)
+    require_writable(output)
     target, source = choose_device(device), open_data(data)
     network = open_model(model, arch=arch)
     dense = None if teacher is None else open_model(teacher, pretrained=teacher_pretrained)

@@ -30,12 +30,14 @@ def command(
     from se_prune import artifact, pipeline
     from se_prune.data import open_data
     from se_prune.device import choose_device
+    from se_prune.files import require_writable
     from se_prune.pipeline.run import step_note
     from se_prune.recipe import find_recipe, train_settings
 
     out = Output(as_json)
     file = None if recipe is None else find_recipe(recipe)
     settings = train_settings(file, "train", epochs=epochs, lr=lr, batch_size=batch_size)
+    require_writable(output)
     target, source = choose_device(device), open_data(data)
     with Progressed().stage(f"train {arch}", None) as update:
         network, result = pipeline.train(

@@ -1,0 +1,22 @@
+"""`python -m reports.bench [NAME …]`: run all studies, or those named."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+STUDIES = ("bundled", "twin", "overhead", "criteria")
+
+
+def main() -> None:
+    """Run the studies named on the command line."""
+    names = sys.argv[1:] or list(STUDIES)
+    unknown = [name for name in names if name not in STUDIES]
+    if unknown:
+        sys.exit(f"there is no study '{unknown[0]}'; there are: {', '.join(STUDIES)}.")
+    for name in names:
+        importlib.import_module(f"reports.bench.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

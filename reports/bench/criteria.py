@@ -1,0 +1,113 @@
+"""Every criterion at equal MACs: accuracy after BN recalibration, and after the same short fine-tune.
+
+Resumable: each finished row is a line of `criteria.jsonl`; two processes of one thread each share the work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing as mp
+import statistics as stats
+from typing import Any
+
+from rich.progress import track
+
+from reports.bench.common import (
+    FOLDER,
+    NETWORKS,
+    append_row,
+    bundled,
+    markdown_table,
+    read_rows,
+    write_report,
+)
+
+CRITERIA = ("random", "l1", "l2", "bn-scale", "fpgm", "lamp", "taylor", "hessian", "excitation")
+KEPT = (0.75, 0.5, 0.3)
+SEEDS = (0, 1, 2)
+ROWS = FOLDER / "criteria.jsonl"
+SETTINGS: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 128,
+    "lr": 0.02,
+    "ema_decay": 0.99,
+    "label_smoothing": 0.0,
+}
+Job = tuple[str, str, float, int, str]
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Cut, recalibrate, evaluate; with phase `finetuned` also fine-tune and evaluate again."""
+    import torch
+
+    from se_prune.data import open_data
+    from se_prune.pipeline import apply_plan, assess, finetune, plan, structure
+    from se_prune.recipe import FINETUNE_DEFAULTS, train_settings
+    from se_prune.records import Budget
+
+    torch.set_num_threads(1)
+    name, criterion, kept, seed, phase = job
+    device, data, network = torch.device("cpu"), open_data("fashion-mnist"), bundled(name)
+    found = structure(network)
+    budget = Budget(kind="macs", value=kept)
+    chosen = plan(network, found, budget, criterion=criterion, device=device, data=data, seed=seed)
+    applied = apply_plan(network, found, chosen, device=device, data=data, seed=seed)
+    result = applied.network
+    if phase == "finetuned":
+        settings = train_settings(None, "finetune", **{**FINETUNE_DEFAULTS, **SETTINGS})
+        result = finetune(result, data, settings, device=device, teacher=network, seed=seed)
+    _, accuracy = assess(result, data, device=device)
+    return {
+        "network": name,
+        "criterion": criterion,
+        "kept": kept,
+        "seed": seed,
+        "phase": phase,
+        "macs": applied.after.macs / applied.before.macs,
+        "top1": accuracy.top1,
+    }
+
+
+def _key(row: dict[str, Any]) -> Job:
+    return row["network"], row["criterion"], row["kept"], row["seed"], row["phase"]
+
+
+def main(phases: tuple[str, ...] = ("repaired", "finetuned")) -> None:
+    """Run what is missing, then write `reports/criteria.md`."""
+    done = {_key(row) for row in read_rows(ROWS)}
+    jobs = [
+        (name, criterion, kept, seed, phase)
+        for phase, kept, seed, name, criterion in itertools.product(phases, KEPT, SEEDS, NETWORKS, CRITERIA)
+    ]
+    todo = [job for job in jobs if job not in done]
+    with mp.get_context("spawn").Pool(2) as pool:
+        for row in track(pool.imap_unordered(run_job, todo), "criteria", total=len(todo)):
+            append_row(ROWS, row)
+    report()
+
+
+def report() -> None:
+    """Write `reports/criteria.md` from the rows that are there."""
+    rows = read_rows(ROWS)
+    body = ["# Criteria at equal MACs\n"]
+    body.append(
+        "Top-1 on the 10,000 test images, mean ± standard deviation over seeds (which choose the training images that "
+        "are measured, and the order of fine-tuning). Same plan solver, same BN recalibration (2,048 images), same "
+        f"fine-tune ({SETTINGS['epochs']} epochs on the bundled 12,000 images, distilled from the dense network).\n"
+    )
+    for name, phase in itertools.product(NETWORKS, ("repaired", "finetuned")):
+        mine = [r for r in rows if r["network"] == name and r["phase"] == phase]
+        if not mine:
+            continue
+        body.append(f"## zoo:{name}, {'BN recalibrated' if phase == 'repaired' else 'fine-tuned'}\n")
+        table = []
+        for criterion in CRITERIA:
+            cells = []
+            for kept in KEPT:
+                values = [100 * r["top1"] for r in mine if r["criterion"] == criterion and r["kept"] == kept]
+                spread = stats.stdev(values) if len(values) > 1 else 0.0
+                cells.append(f"{stats.mean(values):.2f} ± {spread:.2f} ({len(values)})" if values else "–")
+            table.append([criterion, *cells])
+        body.append(markdown_table(["criterion", *(f"{100 * k:.0f} % of MACs" for k in KEPT)], table))
+    body.append("In brackets: how many seeds.\n")
+    write_report("criteria", "python -m reports.bench criteria", "\n".join(body), rows)
