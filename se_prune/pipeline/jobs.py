@@ -20,7 +20,7 @@ from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
 from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.evaluate import evaluate
-from se_prune.gates.energies import collect_energies
+from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics, collect
 from se_prune.planning import make_plan
@@ -232,13 +232,14 @@ def plan(
     needs = find(criterion).needs
     if statistics is not None:
         require_statistics(network, found, statistics)
+    energies = None if statistics is None else statistics.energies
     subset: Split | None = None
     if data is not None and needs:
         require_classes(network, data)
         subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
-        if statistics is None and "statistics" in needs and found.sites:
-            statistics = analyze(
-                network, data, device=device, images=MEASURED_IMAGES, seed=seed, reporter=reporter
+        if "energies" in needs and energies is None:
+            statistics, energies = _measured(
+                network, data, found, device=device, seed=seed, reporter=reporter
             )
     preprocessing = network.header.preprocessing
     evidence = Evidence(
@@ -249,7 +250,7 @@ def plan(
         seed=seed,
         device=device,
         statistics=statistics,
-        energies=None if statistics is None else statistics.energies,
+        energies=energies,
         batches=None if subset is None else lambda: subset.batches(BATCH, preprocessing),
     )
     with (reporter or Silent()).stage(f"score by {criterion}", None):
@@ -263,6 +264,35 @@ def plan(
         round_to=round_to,
         min_channels=min_channels,
     )
+
+
+def _measured(
+    network: Network,
+    data: DataSource,
+    found: Structure,
+    *,
+    device: torch.device,
+    seed: int,
+    reporter: Reporter | None,
+) -> tuple[Statistics | None, ChannelEnergies | None]:
+    """Return gate statistics (None without gates) and channel energies of `MEASURED_IMAGES` training images."""
+    if found.sites:
+        statistics = analyze(
+            network, data, device=device, images=MEASURED_IMAGES, seed=seed, reporter=reporter
+        )
+        return statistics, statistics.energies
+    split = balanced_subset(data.train, MEASURED_IMAGES, seed)
+    with (reporter or Silent()).stage("channel energies", len(split)) as update:
+        energies = collect_energies(
+            network.module,
+            split,
+            network.header.preprocessing,
+            classes=len(data.classes),
+            device=device,
+            batch_size=BATCH,
+            on_batch=update,
+        )
+    return None, energies
 
 
 def apply_plan(

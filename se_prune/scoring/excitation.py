@@ -29,7 +29,7 @@ class _Network:
     norm_after: dict[str, str]
     site_of: dict[str, GateSite]
     reader_of: dict[str, str]  # layer -> a layer that reads the group it writes
-    statistics: Statistics
+    statistics: Statistics | None
     energies: ChannelEnergies
 
 
@@ -37,18 +37,17 @@ class _Network:
     "excitation",
     "share of the recalibrated energy that leaves with a channel, per MAC",
     comparable=True,
-    needs=("statistics", "energies"),
+    needs=("energies",),
 )
 def excitation(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
     """Score channels by the recalibrated energy that their consumers lose."""
-    assert evidence.statistics is not None
     assert evidence.energies is not None
     network = _describe(evidence, evidence.statistics, evidence.energies)
     gate_layers = {name for s in evidence.sites for name in (s.reduce, s.expand)}
     return {c.group.name: _scores(c, network, gate_layers) for c in wanted}
 
 
-def _describe(evidence: Evidence, statistics: Statistics, energies: ChannelEnergies) -> _Network:
+def _describe(evidence: Evidence, statistics: Statistics | None, energies: ChannelEnergies) -> _Network:
     record = trace(evidence.model, evidence.example)
     norm_after = {}
     for node in record.nodes:
@@ -113,7 +112,7 @@ def _output_gain(layer: str, network: _Network) -> tuple[torch.Tensor, float | N
     outputs = module.weight.shape[0]
     gate2 = torch.ones(outputs, dtype=torch.float64)
     site = network.site_of.get(layer)
-    if site is not None:
+    if site is not None and network.statistics is not None:
         gate2 = network.statistics.sums[site.name].s2.sum(0) / network.statistics.n
     name = network.norm_after.get(layer)
     norm = network.modules[name] if name is not None else None

@@ -95,7 +95,6 @@ def score(name: str, evidence: Evidence) -> Scores:
     """
     chosen = find(name)
     have = {
-        "statistics": evidence.statistics is not None,
         "energies": evidence.energies is not None,
         "batches": evidence.batches is not None,
     }
