@@ -19,7 +19,7 @@ from se_prune.records import Budget, Coupling, GroupPlan, LayerCost, Plan, Score
 #: A group keeps at least this share of its channels, whatever the scores say.
 FLOOR_SHARE = 1 / 16
 #: Exponent of a channel's MACs in a step's price; 0 ignores the cost, 1 is score per MAC. Chosen on held-out
-#: training images of both bundled networks (`reports/criteria.md`).
+#: training images of both bundled networks (`reports/allocation.md`).
 COST_POWER = 0.5
 
 
@@ -63,6 +63,8 @@ def make_plan(
     """
     _check(budget, round_to, min_channels)
     problem = _problem(couplings, costs, round_to, min_channels)
+    if all(c.group.kind == "hidden" for c in problem.couplings):
+        raise BudgetError(f"--{budget.kind} {budget.value:g} cannot be met: no channel group can be cut.")
     full = [c.group.channels for c in problem.couplings]
     target = _target(problem, budget, full)
     smallest = _widths(problem, [options[-1] for options in problem.options])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-STUDIES = ("bundled", "twin", "overhead", "criteria")
+STUDIES = ("bundled", "twin", "overhead", "allocation", "criteria")
 
 
 def main() -> None:

@@ -57,6 +57,12 @@ class DataSource:
     test: Split
     preprocessing: Preprocessing | None = None
 
+    @property
+    def name(self) -> str:
+        """The reference without the path of a folder: what may stand in files that travel."""
+        folder = Path(self.ref)
+        return folder.resolve().name if folder.is_dir() else self.ref
+
 
 def open_data(ref: str) -> DataSource:
     """Open a data set by reference.

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from se_prune.errors import CheckpointError, DataError
+from se_prune.errors import CheckpointError, DataError, SePruneError
 from se_prune.files import write_tensors
 from se_prune.gates.energies import ChannelEnergies
 from se_prune.gates.tap import tap
@@ -135,6 +135,7 @@ class Statistics:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             header = json.loads(metadata[HEADER_KEY])
+            _check_version(header["schema_version"])
             sites = tuple(from_dict(GateSite, values, what=str(path)) for values in header["sites"])
             sums = {
                 site.name: SiteSums(**{f.name: tensors[f"{site.name}/{f.name}"] for f in fields(SiteSums)})
@@ -149,10 +150,15 @@ class Statistics:
             )
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} does not exist; make it with `se-prune analyze`.") from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, SePruneError, OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is not a statistics file of `se-prune analyze` ({error}); make it again."
             ) from error
+
+
+def _check_version(version: int) -> None:
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"its schema version is {version}, not {SCHEMA_VERSION}")
 
 
 def _read_energies(tensors: dict[str, torch.Tensor]) -> ChannelEnergies | None:

@@ -30,12 +30,14 @@ class _Tap(TorchFunctionMode):
         self.sites, self.on_gate, self.count = sites, on_gate, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = dict(kwargs or {})
         if func in MULTIPLIES:
             site = self.sites.get(self.count)
             self.count += 1
             if site is not None:
-                args = self._replaced(site, args)
-        return func(*args, **(kwargs or {}))
+                operands = (*args, *(named.pop(key) for key in ("input", "other") if key in named))
+                args = self._replaced(site, operands)
+        return func(*args, **named)
 
     def _replaced(self, site: GateSite, args: tuple[Any, ...]) -> tuple[Any, ...]:
         gate, features = args[site.gate_operand], args[1 - site.gate_operand]

@@ -408,7 +408,7 @@ def finetune(
     )
     details = {
         "version": __version__,
-        "data": data.ref,
+        "data": data.name,
         "train_images": len(data.train),
         "seed": seed,
         "settings": to_dict(settings),
@@ -479,7 +479,7 @@ def assess(
     entry = HistoryEntry(
         stage="evaluate",
         details={
-            "data": data.ref,
+            "data": data.name,
             "n": result.n,
             "top1": result.top1,
             "top1_ci95": list(result.top1_ci95),

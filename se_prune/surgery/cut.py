@@ -30,8 +30,8 @@ def masked(model: nn.Module, couplings: Sequence[Coupling], plan: Plan) -> nn.Mo
     """Return a copy of the dense network with the plan's channels zeroed where they are made.
 
     Convolution rows, biases, BN scale and shift of a removed channel are zeroed, so that every consumer
-    reads zeros; nothing that reads the channel is touched. Hidden units are also zeroed in `expand`, since
-    an activation of 0 need not be 0.
+    reads zeros (a BN without scale and shift loses its running mean); nothing that reads the channel is
+    touched. Hidden units are also zeroed in `expand`, since an activation of 0 need not be 0.
     """
     twin = copy.deepcopy(model)
     modules = dict(twin.named_modules())
@@ -44,7 +44,7 @@ def masked(model: nn.Module, couplings: Sequence[Coupling], plan: Plan) -> nn.Mo
             rows = [i for i, root in zip(piece.index, piece.root, strict=True) if root in gone]
             module = modules[piece.layer]
             if piece.role != "in":
-                for tensor in (module.weight, module.bias):
+                for tensor in (module.weight, module.bias, getattr(module, "running_mean", None)):
                     if isinstance(tensor, torch.Tensor):
                         tensor[rows] = 0
             elif group.kind == "hidden":
@@ -75,10 +75,17 @@ def verify(
     """Compare a cut network (before repair) with its masked twin; return the largest difference.
 
     Raises:
-        SurgeryError: They differ by more than float64 rounding, or the output is not finite.
+        SurgeryError: They differ by more than float64 rounding, the output is not finite, or the cut network
+            does not run.
     """
     twin = masked(dense, couplings, plan)
-    gap = difference(twin, cut_network, images)
+    try:
+        gap = difference(twin, cut_network, images)
+    except RuntimeError as error:
+        raise SurgeryError(
+            f"the cut network does not run ({str(error)[:200]}); nothing was written. Its channels are coupled in "
+            "a way that torch-pruning does not follow; please report the architecture."
+        ) from error
     with torch.no_grad():
         scale = float(copy.deepcopy(twin).cpu().double().eval()(images.cpu().double()).abs().max())
     if not gap <= TOLERANCE * max(1e-6, scale):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from se_prune.artifact import NORM_TYPES
+from se_prune.errors import DataError
 from se_prune.records import Preprocessing
 
 if TYPE_CHECKING:
@@ -32,10 +33,17 @@ def recalibrate_bn(
 
     Returns:
         How many BN layers were set.
+
+    Raises:
+        DataError: There are fewer than two images, of which no variance can be taken.
     """
     norms = [m for m in model.modules() if isinstance(m, NORM_TYPES) and m.track_running_stats]
     if not norms:
         return 0
+    if min(len(split), batch_size) < 2:
+        raise DataError(
+            f"BN recalibration needs batches of 2 images or more, got {len(split)}; check --data."
+        )
     model.to(device).eval()
     momenta = [norm.momentum for norm in norms]
     try:
