@@ -133,10 +133,10 @@ def run_recipe(
     artifact.save(folder / "dense.safetensors", dense)
     exported = _exports(network, recipe, folder, data, show)
     run = Run(
-        name=recipe.name or f"{dense.header.arch.ref} on {data.ref}",
+        name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
         command=command,
         arch=dense.header.arch,
-        data=data.ref,
+        data=data.name,
         classes=data.classes,
         seed=recipe.seed,
         environment=environment(target),
