@@ -49,13 +49,12 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
 
 def _binomial_two_sided(k: int, n: int) -> float:
     """Return P of at most `k` of `n` fair coin flips, doubled and capped at 1; exact in integers."""
-    ways = tail = (
-        1  # of choosing 0 of n, then 1, 2, … each from the one before, which is far cheaper than anew
-    )
+    ways = tail = 1  # ways to choose 0 of n, then 1, 2, …: each from the one before, far cheaper than anew
     for i in range(k):
         ways = ways * (n - i) // (i + 1)
         tail += ways
-    return min(1.0, 2 * tail / 2**n)
+    doubled: float = 2 * tail / 2**n
+    return min(1.0, doubled)
 
 
 @torch.no_grad()

@@ -1,0 +1,283 @@
+"""Every command on a small data set: one JSON document on stdout, and one sentence for each mistake of a user."""
+
+import contextlib
+import io
+import json
+import pickle
+import re
+import shlex
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from se_prune_cli import app
+
+from tests.tiny import fashion_folder, png_folder
+
+pytestmark = pytest.mark.slow
+
+NET = "zoo:se_resnet20 --pretrained"
+RECIPE = """
+data = "data"
+export = ["onnx"]
+latency_rounds = 2
+[model]
+ref = "zoo:se_resnet20"
+pretrained = true
+[apply]
+macs = 0.5
+[finetune]
+epochs = 1
+"""
+
+
+def call(line):
+    """Run `se-prune LINE` in this process as the console script does; return (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["se-prune", *shlex.split(line)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        app.main()
+    return ended.value.code or 0, out.getvalue(), err.getvalue()
+
+
+def document(line):
+    """Run a command with `--json`, and return what stdout holds: one document and nothing else."""
+    code, out, err = call(f"{line} --json")
+    assert code == 0, err
+    assert err.strip() or line.startswith("archs")
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data and the files of analyze, apply and run; the working folder of all tests here."""
+    folder = tmp_path_factory.mktemp("cli")
+    with contextlib.chdir(folder):
+        fashion_folder(Path("data"), 300, 120)
+        png_folder(Path("two"))
+        Path("empty").mkdir()
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def analysed(place):
+    return document(f"analyze {NET} --data data -o stats.safetensors")
+
+
+@pytest.fixture(scope="module")
+def applied(analysed):
+    return document(f"apply {NET} --data data --stats stats.safetensors --macs 0.5 -o cut.safetensors")
+
+
+# Every command, on what users may rely on.
+
+
+def test_inspect(place):
+    found = document(f"inspect {NET}")
+    assert {"sites", "groups", "cost"} <= set(found)
+    assert len(found["sites"]) == 9
+    assert all({"name", "channels", "hidden"} <= set(s) for s in found["sites"])
+    assert all({"name", "kind", "channels"} <= set(g) for g in found["groups"])
+    assert found["cost"]["params"] > 100_000
+    assert found["cost"]["macs"] > found["cost"]["params"]
+
+
+def test_archs(place):
+    (found,) = document("archs se_resnet20")
+    assert found["arch"] == "zoo:se_resnet20"
+    assert found["sites"] == 9
+    assert set(found["cost"]) == {"params", "macs"}
+
+
+def test_analyze(analysed):
+    assert analysed["n"] == 300
+    assert len(analysed["sites"]) == 9
+    assert Path(analysed["output"]).is_file()
+
+
+def test_apply(applied):
+    keys = {"before", "after", "max_abs_diff_masked", "channels_removed", "sites_folded", "output"}
+    assert keys <= set(applied)
+    assert applied["after"]["macs"] <= 0.5 * applied["before"]["macs"]
+    assert applied["max_abs_diff_masked"] < 1e-9
+    assert applied["channels_removed"] > 0
+    cut = document("inspect cut.safetensors")  # the file opens by itself, and costs what was said
+    assert {key: cut["cost"][key] for key in ("params", "macs")} == applied["after"]
+
+
+def test_a_dry_run_plans_the_same_and_writes_nothing(place, applied):
+    before = files(place)
+    line = f"apply {NET} --data data --stats stats.safetensors --macs 0.5 --dry-run"
+    found = document(f"{line} -o dry.safetensors")
+    assert files(place) == before
+    assert found["output"] is None
+    assert found["plan"] == applied["plan"]
+
+
+def test_evaluate_and_against(applied):
+    alone = document(f"evaluate {NET} --data data")
+    assert {"n", "top1", "top5", "top1_ci95", "loss"} <= set(alone)
+    assert alone["n"] == 120
+    low, high = alone["top1_ci95"]
+    assert 0.8 < alone["top1"] <= 1
+    assert low < alone["top1"] <= high
+    pair = document("evaluate cut.safetensors --data data --against zoo:se_resnet20 --against-pretrained")
+    assert pair["against"]["top1"] == alone["top1"]
+    assert pair["against"]["top1_difference"] == pytest.approx(pair["top1"] - alone["top1"])
+
+
+def test_finetune_with_a_teacher(applied):
+    teacher = "--teacher zoo:se_resnet20 --teacher-pretrained"
+    found = document(f"finetune cut.safetensors --data data {teacher} --epochs 1 -o tuned.safetensors")
+    assert found["n"] == 120
+    assert document("evaluate tuned.safetensors --data data")["top1"] == found["top1"]
+
+
+def test_export(applied):
+    found = document("export cut.safetensors --data data -o cut.onnx --images 32")
+    assert {"output", "bytes", "max_abs_diff", "latency_ms"} <= set(found)
+    assert Path("cut.onnx").stat().st_size == found["bytes"]
+    assert found["max_abs_diff"] < 1e-3
+
+
+def test_train(place):
+    found = document("train --arch zoo:se_mobilenet_x025 --data data --epochs 1 --lr 0.01 -o new.safetensors")
+    assert found["n"] == 120
+    assert document("evaluate new.safetensors --data data")["top1"] == found["top1"]
+
+
+def test_run_and_report(place):
+    Path("tiny.toml").write_text(RECIPE, encoding="utf-8")
+    found = document("run tiny.toml -o out")
+    assert set(found["files"]) == {"artifact", "run", "report", "markdown", "onnx"}
+    assert all(Path(file).is_file() for file in found["files"].values())
+    assert found["after"]["macs"] <= 0.5 * found["before"]["macs"]
+    page = document("report out -o page.html")
+    assert page["runs"] == 1
+    assert {Path(file).name for file in page["files"]} == {"page.html", "page.md", "page.json"}
+
+
+def test_without_json_the_table_is_on_stdout(place):
+    code, out, _ = call("archs se_resnet20")
+    assert code == 0
+    assert "zoo:se_resnet20" in out
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(out)
+
+
+# Mistakes.
+
+
+def files(place):
+    return {p.relative_to(place).as_posix(): p.stat().st_size for p in sorted(place.rglob("*"))}
+
+
+class Touch:
+    def __reduce__(self):
+        return (open, ("marker", "w"))
+
+
+@pytest.fixture(scope="module")
+def broken(applied):
+    """Files with something wrong in them."""
+    whole = Path("cut.safetensors").read_bytes()
+    Path("half.safetensors").write_bytes(whole[: len(whole) // 2])
+    Path("code.pth").write_bytes(pickle.dumps({"fc.weight": Touch()}, protocol=2))
+    Path("typo.toml").write_text(RECIPE.replace("macs =", "mac ="), encoding="utf-8")
+    Path("file").write_text("", encoding="utf-8")
+
+
+APPLY = f"apply {NET} --data data -o x.safetensors"
+BAD = {
+    "missing file": ("inspect gone.safetensors", "gone.safetensors"),
+    "truncated artifact": ("inspect half.safetensors", "half.safetensors"),
+    "wrong arch": ("inspect cut.safetensors --arch zoo:se_mobilenet_x025", "se_resnet20"),
+    "unknown arch": ("inspect zoo:se_resnet2", "did you mean"),
+    "wrong class count": (f"evaluate {NET} --data two", "10 classes but two has 2"),
+    "budget 0": (f"{APPLY} --macs 0", "got 0"),
+    "budget 1.5": (f"{APPLY} --macs 1.5", "got 1.5"),
+    "budget -1": (f"{APPLY} --macs=-1", "got -1"),
+    "budget nan": (f"{APPLY} --macs nan", "got nan"),
+    "sparsity nan": (f"{APPLY} --sparsity nan", "got nan"),
+    "two budgets": (f"{APPLY} --macs 0.5 --sparsity 0.5", "exactly one budget"),
+    "no budget": (APPLY, "exactly one budget"),
+    "no output": (f"apply {NET} --data data --macs 0.5", "--dry-run"),
+    "no data to repair on": (f"apply {NET} --macs 0.5 -o x.safetensors", "--no-repair"),
+    "empty data": (f"evaluate {NET} --data empty", "empty"),
+    "missing data": (f"evaluate {NET} --data nowhere", "nowhere"),
+    "code in a pickle": ("inspect code.pth --arch zoo:se_resnet20", "code.pth is a pickle that calls"),
+    "unknown criterion": (f"{APPLY} --macs 0.5 --criterion excitaton", "did you mean 'excitation'"),
+    "unknown device": (f"evaluate {NET} --data data --device gpu", "--device gpu"),
+    "unknown recipe key": ("run typo.toml -o typo", "did you mean 'macs'"),
+    "unknown recipe": ("run demmo -o typo", "did you mean 'demo'"),
+    "output below a file": (f"{APPLY} --macs 0.5".replace("x.s", "file/x.s"), "file"),
+    "statistics below a file": (f"analyze {NET} --data data -o file/stats.safetensors", "file"),
+    "round to 0": (f"{APPLY} --macs 0.5 --round-to 0", "round-to"),
+    "no epochs": ("finetune cut.safetensors --data data --epochs 0 -o x.safetensors", "epochs"),
+    "statistics of another network": (
+        "apply cut.safetensors --data data --stats stats.safetensors --macs 0.5 -o x.safetensors",
+        "se-prune analyze",
+    ),
+    "no run record": ("report gone.json", "gone.json"),
+    "unknown target": ("export cut.safetensors --data data --to onx -o x.onx", "onnx"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_ends_in_one_sentence(place, broken, name):
+    line, part = BAD[name]
+    before = files(place)
+    code, out, err = call(line)
+    assert code in {1, 2}
+    assert files(place) == before  # no marker of the pickle either
+    lines = [text for text in err.splitlines() if text.strip()]
+    assert [text for text in lines if text.startswith("error: ")] == lines[-1:], err
+    assert part in lines[-1]
+    assert "Traceback" not in err + out
+    assert lines[-1].endswith((".", "?"))
+
+
+def test_the_code_in_the_pickle_is_real(broken, tmp_path):
+    code = Path("code.pth").read_bytes()
+    with contextlib.chdir(tmp_path):
+        pickle.loads(code)["fc.weight"].close()
+        assert Path("marker").is_file()
+
+
+def test_a_defect_of_ours_keeps_its_traceback(place):
+    with (
+        mock.patch("se_prune.pipeline.inspect", side_effect=ZeroDivisionError),
+        mock.patch.object(sys, "argv", ["se-prune", "inspect", "zoo:se_resnet20"]),
+        contextlib.redirect_stderr(io.StringIO()),
+        pytest.raises(ZeroDivisionError),
+    ):
+        app.main()
+
+
+# Words.
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+#: Commands that the README leaves to `se-prune --help`.
+UNTOLD = {"archs", "report", "train"}
+
+
+@pytest.mark.parametrize("name", app.COMMANDS)
+def test_every_command_has_help(name):
+    code, out, _ = call(f"{name} --help")
+    assert code == 0
+    assert f"se-prune {name}" in re.sub(r"\s+", " ", out)
+    assert "--json" in out
+
+
+def test_the_readme_names_the_commands():
+    told = {name for name in app.COMMANDS if re.search(rf"se-prune {name}\b|make {name}\b", README)}
+    assert set(app.COMMANDS) - told <= UNTOLD
+    assert {"inspect", "analyze", "apply", "finetune", "evaluate", "export", "run", "demo"} <= told
+    written = set(re.findall(r"^se-prune ([a-z]+) ", README, re.MULTILINE))
+    assert written
+    assert written <= set(app.COMMANDS)  # nothing that is not there

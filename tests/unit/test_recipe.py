@@ -1,0 +1,120 @@
+"""Recipes: what is refused, with what to write instead, and that those we ship are good."""
+
+from pathlib import Path
+
+import pytest
+
+from se_prune.errors import UsageError
+from se_prune.recipe import BUNDLED, SOURCE, find_recipe, known_settings, read_run, read_toml, train_settings
+
+GOOD = """
+data = "fashion-mnist"
+[model]
+ref = "zoo:se_resnet20"
+[apply]
+macs = 0.5
+[finetune]
+lr = 0.01
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.toml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def test_a_good_recipe_and_its_defaults(written):
+    recipe = read_run(written(GOOD))
+    assert recipe.model.ref == "zoo:se_resnet20"
+    assert recipe.apply.macs == 0.5
+    assert recipe.apply.criterion == "excitation"
+    assert recipe.finetune.lr == 0.01
+    assert recipe.finetune.epochs == 2  # fine-tuning is shorter than training
+    assert read_run(written(GOOD.partition("[finetune]")[0])).finetune is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("macs = 0.5", "mac = 0.5", r"did you mean 'macs'\?"),
+        ("lr = 0.01", "epoch = 3", r"did you mean 'epochs'\?"),
+        ("data =", "dat =", r"did you mean 'data'\?"),
+        ("macs = 0.5", "macs = 0.5\nsparsity = 0.5", "exactly one budget"),
+        ("macs = 0.5", "", "exactly one budget"),
+        ("macs = 0.5", 'macs = "half"', "macs"),
+        ("macs = 0.5", "macs = 0.5\nrepair = 3", "repair"),
+        ("lr = 0.01", "epochs = 1.5", "epochs"),
+        ("lr = 0.01", "lr = nan", "lr must be at least 0.0 and finite, got nan"),
+        ("lr = 0.01", "epochs = 0", "epochs must be at least 1 and finite, got 0"),
+        ("lr = 0.01", 'optimizer = "adm"', "optimizer"),
+        ('ref = "zoo:se_resnet20"', "", "ref"),
+        ("[apply]", "[apply", "is not TOML"),
+    ],
+)
+def test_what_is_refused(written, old, new, message):
+    assert GOOD.count(old) == 1
+    with pytest.raises(UsageError, match=message) as caught:
+        read_run(written(GOOD.replace(old, new)))
+    assert "recipe.toml" in str(caught.value) or "budget" in str(caught.value)
+    read_run(written(GOOD))
+
+
+def test_files_that_cannot_be_read(written, tmp_path):
+    with pytest.raises(UsageError, match=r"cannot read the recipe .*gone\.toml: No such file"):
+        read_toml(tmp_path / "gone.toml")
+    with pytest.raises(UsageError, match="cannot read the recipe"):
+        read_toml(tmp_path)
+    with pytest.raises(UsageError, match="is not TOML"):
+        read_toml(written(b"\xff\xfe"))
+    assert read_toml(written("a = 1")) == {"a": 1}
+
+
+def test_recipes_are_found_by_path_and_by_name(written, tmp_path):
+    path = written(GOOD)
+    assert find_recipe(path) == path
+    assert find_recipe("demo").name == find_recipe("demo.toml").name == "demo.toml"
+    with pytest.raises(UsageError, match=r"no recipe demmo; did you mean 'demo'\?.*one of: .*demo"):
+        find_recipe("demmo")
+    with pytest.raises(UsageError, match="no recipe"):
+        find_recipe(tmp_path / "demo.toml")  # a path is not a name
+
+
+def test_settings_of_train_and_finetune(written):
+    path = written("[train]\nlr = 0.3\nepochs = 7\n[finetune]\nlr = 0.004\n")
+    assert (train_settings(path, "train").lr, train_settings(path, "train").epochs) == (0.3, 7)
+    assert train_settings(path, "finetune").lr == 0.004
+    assert train_settings(path, "train", epochs=1, lr=None).epochs == 1
+    assert train_settings(None, "finetune").lr == 0.02
+    with pytest.raises(UsageError, match=r"did you mean 'lr'|lrr"):
+        train_settings(written("[train]\nlrr = 0.3\n"), "train")
+    with pytest.raises(UsageError, match=r"did you mean 'train'\?"):
+        train_settings(written("[trian]\nlr = 0.3\n"), "train")
+    with pytest.raises(UsageError, match="batch_size must be at least 1"):
+        train_settings(None, "train", batch_size=0)
+
+
+SHIPPED = sorted((BUNDLED if BUNDLED.is_dir() else SOURCE).rglob("*.toml"))
+
+
+def test_there_are_recipes():
+    assert len(SHIPPED) >= 3
+    assert "demo" in {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_recipe_that_ships_is_good(path: Path):
+    assert path.read_text(encoding="utf-8").startswith("# ")  # says what it is for
+    values = read_toml(path)
+    if "model" in values:
+        recipe = read_run(path)
+        assert recipe.name
+    else:
+        (table,) = set(values) & {"train", "finetune"}
+        settings = train_settings(path, table)
+        assert set(values[table]) <= set(known_settings())
+        assert all(getattr(settings, key) == value for key, value in values[table].items())
