@@ -93,7 +93,7 @@ def built(name: str) -> Built:
 
 def random_scores(found: tuple[Coupling, ...], seed: int = 0, *, comparable: bool = False) -> Scores:
     """Return uniform random scores of every group that can be cut."""
-    generator = random.Random(seed)  # noqa: S311 - not for secrets
+    generator = random.Random(seed)
     groups = {
         c.group.name: tuple(generator.random() for _ in range(c.group.channels))
         for c in found

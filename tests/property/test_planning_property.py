@@ -84,16 +84,16 @@ def test_permuting_scores_permutes_what_leaves(name, seed, permutation):
     assert plans[0].channels_removed > 0
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ZOO)
 @few
-@given(seed=seeds, value=st.floats(0.0, 0.4), round_to=st.sampled_from([1, 2, 4]), least=st.integers(1, 3))
+@given(seed=seeds, value=st.floats(0.1, 0.4), round_to=st.sampled_from([1, 2, 4]), least=st.integers(1, 3))
 def test_floors_hold_and_the_lowest_scores_leave(name, seed, value, round_to, least):
     found = network(name)
     scores = random_scores(found.couplings, seed)
     options = {"round_to": round_to, "min_channels": least}
-    reach = 0.4 if name in ZOO else 0.0
-    budget = Budget(kind="sparsity", value=min(value, reach))
+    budget = Budget(kind="sparsity", value=value)
     plan = make_plan(found.couplings, found.layers, scores, budget, **options)
+    assert plan.channels_removed > 0
     for group in plan.groups:
         width = group.channels - len(group.removed)
         assert width >= min(group.channels, max(least, group.channels / 16))

@@ -1,5 +1,6 @@
 """The planner by hand: what leaves, what stays at its floor, and what is refused."""
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -29,7 +30,7 @@ def layer(into, out, positions=4):
 def chain(*widths, inputs=3, outputs=2):
     """A chain of 1×1 layers l0, l1, ... of the given widths and an output layer; groups are named after them."""
     sizes = [inputs, *widths, outputs]
-    costs = {f"l{i}": layer(a, b) for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))}
+    costs = {f"l{i}": layer(a, b) for i, (a, b) in enumerate(itertools.pairwise(sizes))}
     found = []
     for i, width in enumerate(widths):
         every = tuple(range(width))

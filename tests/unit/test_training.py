@@ -1,5 +1,6 @@
 """Training: schedule, decay, distillation, precision, and runs that stop and go on as if they had not."""
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -57,7 +58,7 @@ def test_the_schedule_warms_up_and_falls_to_zero():
     assert rates[32] == pytest.approx(0.2 * (1 + math.cos(math.pi * 22 / 90)))
     assert rates[99] == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_the_constant_schedule_and_no_warm_up():
@@ -176,12 +177,12 @@ def test_distillation_is_the_divergence_by_hand(temperature):
 
 def test_a_student_follows_its_teacher_and_leaves_it_as_it_is():
     teacher = net(1)
-    train(teacher, replace(QUICK, epochs=6))
+    train(teacher, replace(QUICK, epochs=8))
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     lies = replace_labels(stripes(96), torch.zeros(96, dtype=torch.long))
     student, sceptic = net(2), net(2)
-    train(student, replace(QUICK, epochs=6, distill_weight=1.0), split=lies, teacher=teacher)
-    train(sceptic, replace(QUICK, epochs=6, distill_weight=0.0), split=lies, teacher=teacher)
+    train(student, replace(QUICK, epochs=16, distill_weight=1.0), split=lies, teacher=teacher)
+    train(sceptic, replace(QUICK, epochs=16, distill_weight=0.0), split=lies, teacher=teacher)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     right = [
         evaluate(model, stripes(60, seed=5), GREY, device=CPU).top1 for model in (teacher, student, sceptic)
@@ -231,16 +232,17 @@ def test_the_layout_in_memory_does_not_matter():
 
 
 def test_the_average_of_the_weights_is_what_is_kept():
-    averaged, last = net(), net()
+    averaged, forgetful, last = net(), net(), net()
     train(averaged, SGD)
+    train(forgetful, replace(SGD, ema_decay=1e-12))
     train(last, replace(SGD, ema_decay=0.0))
-    assert not same(averaged, last)
-    slow = net()
-    start = net()
-    train(slow, replace(SGD, ema_decay=0.999999))
-    moved = [float((b - a).norm()) for a, b in zip(start.parameters(), last.parameters(), strict=True)]
-    crept = [float((b - a).norm()) for a, b in zip(start.parameters(), slow.parameters(), strict=True)]
-    assert sum(crept) < sum(moved)
+    assert distance(averaged, last) > 1e-3
+    assert distance(forgetful, last) < 1e-6
+
+
+def distance(first, second):
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return max(float((b - a).detach().abs().max()) for a, b in pairs)
 
 
 def test_gradients_are_clipped():
@@ -250,29 +252,21 @@ def test_gradients_are_clipped():
         clipped, replace(QUICK, epochs=1, lr=1.0, warmup=0.0, momentum=0.0, weight_decay=0.0, clip_norm=1e-6)
     )
     start = net()
-    distance = [
-        max(float((b - a).abs().max()) for a, b in zip(start.parameters(), m.parameters(), strict=True))
-        for m in (free, clipped)
-    ]
-    assert distance[0] > 1e-2
-    assert 0 < distance[1] <= 4e-6 * 1.01
+    assert distance(start, free) > 1e-2
+    assert 0 < distance(start, clipped) <= 4e-6 * 1.01
 
 
-def test_label_smoothing_is_applied():
-    plain, smoothed = [], []
-    train(net(), replace(QUICK, epochs=1, lr=1e-9), on_step=plain.append)
-    train(net(), replace(QUICK, epochs=1, lr=1e-9, label_smoothing=0.3), on_step=smoothed.append)
-    assert plain[0].loss != smoothed[0].loss
-    split = stripes(96)
-    ((images, labels),) = list(split.training_batches(replace(QUICK, batch_size=96), GREY, seed=0, epoch=0))
-    logits = net().train()(images)
-    for logs, smoothing in ((plain, 0.0), (smoothed, 0.3)):
-        one = []
-        train(net(), replace(QUICK, epochs=1, batch_size=96, label_smoothing=smoothing), on_step=one.append)
-        assert one[0].loss == pytest.approx(
-            float(F.cross_entropy(logits, labels, label_smoothing=smoothing)), rel=1e-4
-        )
-        assert logs
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_label_smoothing_is_applied(smoothing):
+    settings, seen = replace(QUICK, epochs=1, batch_size=96, label_smoothing=smoothing), []
+    train(net(), settings, on_step=seen.append)
+    ((images, labels),) = stripes(96).training_batches(settings, GREY, seed=0, epoch=0)
+    with torch.no_grad():
+        logits = net().train()(images)
+    rows = F.log_softmax(logits, 1)
+    right = rows[torch.arange(96), labels].mean()
+    expected = -(1 - smoothing) * right - smoothing * rows.mean()
+    assert seen[0].loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_few_images_still_make_a_step():
@@ -289,7 +283,6 @@ def test_no_images():
     "settings",
     [
         replace(QUICK, lr=1e30),
-        replace(QUICK, lr=1e30, epochs=1, batch_size=96),  # one step: its loss is still good
         replace(QUICK, lr=float("nan"), epochs=1, batch_size=96),
         replace(QUICK, lr=1e30, ema_decay=0.5),
     ],
@@ -414,7 +407,7 @@ def test_a_truncated_state_is_refused(tmp_path, kept):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SePruneError, match="cannot make the folder .*file: File exists"):
+    with pytest.raises(SePruneError, match=r"cannot make the folder .*file: File exists"):
         train(net(), SGD, resume=tmp_path / "file")
 
 
@@ -429,11 +422,12 @@ def test_state_without_a_run(tmp_path):
     fresh = build_optimizer(other, ADAMW, ())
     assert load_state(tmp_path, "me", {"model": other}, fresh) == 7
     assert same(model, other)
-    for mine, theirs in zip(
-        optimizer.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True
-    ):
-        assert mine.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    mine, theirs = optimizer.state_dict()["state"], fresh.state_dict()["state"]
+    assert mine.keys() == theirs.keys()
+    assert len(mine) == len(list(model.parameters()))
+    for index, values in mine.items():
+        assert values.keys() == theirs[index].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(value, theirs[index][key]) for key, value in values.items())
 
 
 # Precision.
