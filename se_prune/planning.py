@@ -61,7 +61,7 @@ def make_plan(
         UsageError: The budget or an option is out of range.
         BudgetError: The floors do not allow the budget; the message says what is reachable.
     """
-    _check(budget, round_to, min_channels)
+    check_budget(budget, round_to, min_channels)
     problem = _problem(couplings, costs, round_to, min_channels)
     if all(c.group.kind == "hidden" for c in problem.couplings):
         raise BudgetError(f"--{budget.kind} {budget.value:g} cannot be met: no channel group can be cut.")
@@ -75,7 +75,12 @@ def make_plan(
     return _plan(problem, scores, budget, kept, round_to=round_to, min_channels=min_channels)
 
 
-def _check(budget: Budget, round_to: int, min_channels: int) -> None:
+def check_budget(budget: Budget, round_to: int, min_channels: int) -> None:
+    """Check what can be checked before anything is measured.
+
+    Raises:
+        UsageError: The budget or an option is out of range.
+    """
     low_open = budget.kind != "sparsity"
     if not (0 < budget.value <= 1 if low_open else 0 <= budget.value < 1):
         allowed = "above 0 and at most 1" if low_open else "at least 0 and below 1"

@@ -15,7 +15,7 @@ from se_prune.records import Exported
 if TYPE_CHECKING:
     from se_prune.artifact import Network
 
-__all__ = ["TARGETS", "export"]
+__all__ = ["TARGETS", "export", "require_target"]
 
 #: Writes a network to a path and checks it on preprocessed images (N, C, H, W).
 Exporter = Callable[["Network", Path, torch.Tensor], Exported]
@@ -39,13 +39,22 @@ def export(network: Network, target: str, output: str | Path, images: torch.Tens
         SePruneError: A package is missing, the network cannot be converted, or the file does not compute
             what the network computes.
     """
+    require_target(target)
+    _require_images(images, network.header.preprocessing.input_size)
+    return TARGETS[target](network, Path(output), images)
+
+
+def require_target(target: str) -> None:
+    """Check that there is an export target of a name.
+
+    Raises:
+        UsageError: There is none; the message lists all.
+    """
     if target not in TARGETS:
         known = ", ".join(sorted(TARGETS))
         raise UsageError(
             f"there is no export target '{target}'{nearest(target, TARGETS)}; --to takes {known}."
         )
-    _require_images(images, network.header.preprocessing.input_size)
-    return TARGETS[target](network, Path(output), images)
 
 
 def _require_images(images: torch.Tensor, input_size: tuple[int, int, int]) -> None:

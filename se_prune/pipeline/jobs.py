@@ -23,7 +23,7 @@ from se_prune.evaluate import evaluate
 from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics, collect
-from se_prune.planning import make_plan
+from se_prune.planning import check_budget, make_plan
 from se_prune.records import (
     ArchSpec,
     ArtifactHeader,
@@ -230,6 +230,7 @@ def plan(
         BudgetError: The budget cannot be met.
     """
     needs = find(criterion).needs
+    check_budget(budget, round_to, min_channels)
     if statistics is not None:
         require_statistics(network, found, statistics)
     energies = None if statistics is None else statistics.energies

@@ -19,15 +19,17 @@ from se_prune.data import DataSource, open_data
 from se_prune.data.source import Split, balanced_subset
 from se_prune.device import choose_device
 from se_prune.evaluate import paired
-from se_prune.export import export
+from se_prune.export import export, require_target
 from se_prune.export.onnx import onnx_runner
-from se_prune.files import write_text
+from se_prune.files import make_folder, write_text
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
 from se_prune.pipeline import jobs
+from se_prune.planning import check_budget
 from se_prune.recipe import RunRecipe, budget_of
 from se_prune.records import Evaluation, Exported, Latency, PairedTest, Run, StageResult, to_json
 from se_prune.report import write_report
+from se_prune.scoring.registry import find
 from se_prune.training.loop import StepLog
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
@@ -70,6 +72,12 @@ def run_recipe(
         SePruneError: Whatever a stage refuses; files of finished stages stay.
     """
     show = reporter or jobs.Silent()
+    budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params)
+    check_budget(budget, recipe.apply.round_to, recipe.apply.min_channels)
+    find(recipe.apply.criterion)
+    for name in recipe.export:
+        require_target(name)
+    make_folder(folder)
     target = choose_device(device)
     data = open_data(recipe.data)
     dense = open_model(recipe.model.ref, arch=recipe.model.arch, pretrained=recipe.model.pretrained)
@@ -90,7 +98,7 @@ def run_recipe(
     chosen = jobs.plan(
         dense,
         found,
-        budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params),
+        budget,
         criterion=recipe.apply.criterion,
         device=target,
         data=data,

@@ -110,6 +110,15 @@ def test_apply(applied):
     assert {key: cut["cost"][key] for key in ("params", "macs")} == applied["after"]
 
 
+def test_statistics_alone_are_enough_to_plan(applied):
+    line = f"apply {NET} --macs 0.5 --no-repair -o bare.safetensors"
+    found = document(f"{line} --stats stats.safetensors")
+    assert found["plan"] == applied["plan"]
+    code, _, err = call(line)  # the control: without them, and without data, nothing can be planned
+    assert code == 2
+    assert "measures images: add --data, or --stats" in err
+
+
 def test_a_dry_run_plans_the_same_and_writes_nothing(place, applied):
     before = files(place)
     line = f"apply {NET} --data data --stats stats.safetensors --macs 0.5 --dry-run"

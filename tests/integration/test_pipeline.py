@@ -8,6 +8,7 @@ import torch
 from se_prune import pipeline
 from se_prune.checkpoint import open_model
 from se_prune.data import open_data
+from se_prune.errors import SePruneError, UsageError
 from se_prune.recipe import ApplyTable, ModelTable, RunRecipe
 from se_prune.records import Budget, Run, TrainSettings, from_json
 from tests.tiny import fashion_folder
@@ -103,6 +104,55 @@ def test_jobs_leave_their_inputs_as_they_are(sealed, dense):
     assert all(p.grad is None for n in (dense, applied.network) for p in n.module.parameters())
     assert not same(tuned, student)  # it did train
     assert not same(applied.network, before)  # and `same` can say no
+
+
+TINY = RunRecipe(
+    model=ModelTable(ref="zoo:se_resnet20", pretrained=True),
+    data="set by the test",
+    apply=ApplyTable(macs=0.5),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"export": ("onnx", "onxx")}, "no export target 'onxx'; did you mean 'onnx'"),
+        ({"apply": ApplyTable(macs=0.5, criterion="excitaton")}, "did you mean 'excitation'"),
+        ({"apply": ApplyTable(macs=1.5)}, "--macs must be above 0 and at most 1, got 1.5"),
+        ({"apply": ApplyTable(macs=0.5, round_to=0)}, "--round-to and --min-channels must be at least 1"),
+        ({"apply": ApplyTable()}, "exactly one budget"),
+    ],
+)
+def test_a_run_refuses_a_wrong_recipe_before_the_work(folder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(pipeline.jobs, "assess", lambda *_, **__: pytest.fail("it went to work"))
+    recipe = replace(TINY, data=str(folder), **changes)
+    with pytest.raises(UsageError, match=message):
+        pipeline.run_recipe(recipe, tmp_path / "out", command="", device="cpu")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(pytest.fail.Exception, match="it went to work"):  # the control
+        pipeline.run_recipe(replace(TINY, data=str(folder)), tmp_path / "out", command="", device="cpu")
+
+
+def test_a_run_refuses_a_folder_that_cannot_be_made_before_the_work(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.jobs, "assess", lambda *_, **__: pytest.fail("it went to work"))
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    with pytest.raises(SePruneError, match=r"cannot make the folder .*out: File exists"):
+        pipeline.run_recipe(replace(TINY, data=str(folder)), tmp_path / "out", command="", device="cpu")
+
+
+def test_a_wrong_budget_is_refused_before_anything_is_measured(sealed, dense, monkeypatch):
+    monkeypatch.setattr(pipeline.jobs, "analyze", lambda *_, **__: pytest.fail("it measured"))
+    found = pipeline.structure(dense)
+
+    def plan(value, **options):
+        budget = Budget(kind="macs", value=value)
+        pipeline.plan(dense, found, budget, criterion="excitation", device=CPU, data=sealed, **options)
+
+    for value, options in ((float("nan"), {}), (0.0, {}), (0.5, {"round_to": 0}), (0.5, {"min_channels": 0})):
+        with pytest.raises(UsageError, match="must be"):
+            plan(value, **options)
+    with pytest.raises(pytest.fail.Exception, match="it measured"):  # the control
+        plan(0.5)
 
 
 def test_a_run_leaves_all_its_files(folder, tmp_path):

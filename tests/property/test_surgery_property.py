@@ -6,14 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 
-from se_prune.errors import SurgeryError
+from se_prune.errors import BudgetError, SurgeryError
 from se_prune.surgery.cut import cut, difference, masked, verify
-from tests.built import built, random_plan
+from tests.built import built, examine, random_plan
 from tests.nets import ALL
 
 SMALL = [f"{name} {value}" for name in ALL for value in (0.2, 0.5)]
-FOREIGN = ["timm:mobilenetv3_small_050 0.3", "torchvision:mobilenet_v3_small 0.6", "zoo:resnet20 0.5"]
+FOREIGN = [
+    "timm:mobilenetv3_small_050 0.3",
+    "timm:tinynet_e 0.4",  # an EfficientNet
+    "timm:regnety_002 0.3",  # grouped convolutions, which stay
+    "timm:ghostnet_050 0.3",  # channels that take others along, which stay
+    "torchvision:mobilenet_v3_small 0.6",
+    "zoo:resnet20 0.5",
+]
 
 network = functools.cache(built)
 
@@ -43,6 +52,22 @@ def test_the_cut_network_is_its_masked_twin_at_every_sparsity(name, tenths):
 def test_other_networks_equal_their_masked_twins(case):
     name, value = case.split()
     prove(name, float(value), seed=5)
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    value=st.floats(0.1, 0.9), kind=st.sampled_from(["sparsity", "macs", "params"]), seed=st.integers(0, 999)
+)
+def test_any_plan_of_a_small_network_is_its_masked_twin(name, value, kind, seed):
+    found = network(name)
+    try:
+        plan = random_plan(found, kind, value, seed)
+    except BudgetError:
+        reject()
+    result = cut(found.model, found.example, plan)
+    assert verify(found.model, result, found.couplings, plan, found.example) <= 1e-9
+    assert (difference(found.model, result, found.example) > 1e-9) == (plan.channels_removed > 0)
 
 
 def planned(name):
@@ -82,6 +107,17 @@ def test_cutting_other_channels_than_planned_is_refused(kind):
     assert verify(found.model, wrong, found.couplings, other, found.example) <= 1e-9
     with pytest.raises(SurgeryError, match="differs from its masked twin"):
         verify(found.model, wrong, found.couplings, plan, found.example)
+
+
+@pytest.mark.parametrize("activation", [torch.nn.Sigmoid, torch.nn.Hardsigmoid, torch.nn.SiLU])
+def test_hidden_units_whose_activation_of_zero_is_not_zero(activation):
+    model = copy.deepcopy(network("residual").model)
+    for block in model.blocks:
+        block.se.relu = activation()
+    found = examine(model, network("residual").preprocessing)
+    plan = random_plan(found, "sparsity", 0.6, min_channels=1)
+    assert sum(len(g.removed) for g in plan.groups if g.kind == "hidden") == 2
+    assert verify(model, cut(model, found.example, plan), found.couplings, plan, found.example) <= 1e-9
 
 
 def test_a_network_that_no_longer_runs_is_refused():

@@ -82,6 +82,17 @@ def test_comparable_scores_share_one_threshold():
     assert [len(g.removed) for g in turned.groups] == [2, 0]
 
 
+def test_what_a_dear_step_makes_needless_is_put_back():
+    """400 + 16 + 4 weights; without a channel of l1 415, without one of l0 too 312, and 316 with that of l1 back."""
+    found, costs = chain(4, 4, inputs=100, outputs=1)
+    given = scores([0.2, 10, 10, 10], [0.1, 10, 10, 10])
+    result = plan(found, costs, given, "macs", 0.8)
+    assert [g.removed for g in result.groups] == [(0,), ()]
+    assert (result.macs_before, result.macs_after) == (4 * 420, 4 * 316)
+    # 315 of 420 leave no room for it
+    assert [g.removed for g in plan(found, costs, given, "macs", 0.75).groups] == [(0,), (0,)]
+
+
 def test_ties_leave_from_the_front():
     found, costs = chain(4)
     assert plan(found, costs, scores([1.0, 1.0, 1.0, 1.0])).groups[0].removed == (0, 1)

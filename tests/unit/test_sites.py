@@ -27,7 +27,7 @@ class Gated(nn.Module):
         self.reduce, self.expand = nn.Linear(6, 2), nn.Linear(2, 6)
         self.conv_reduce, self.conv_expand = nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1)
         self.one = nn.Linear(6, 6)
-        self.scale = nn.Parameter(torch.rand(6))
+        self.scale, self.where = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(1, 1, 8, 8))
 
     def forward(self, x):
         return self.way(self, self.conv(x))
@@ -222,6 +222,11 @@ def other_map(net, u):
     return net.conv_expand(net.conv_reduce(u)) * net.conv_logits(u).sigmoid()
 
 
+def by_position(net, u):
+    """A gate that differs from position to position, though pooled values are all that it depends on."""
+    return u * (net.conv_logits(u).sigmoid() * net.where)
+
+
 def scalar(net, u):
     return u * 0.5
 
@@ -241,6 +246,7 @@ NO_GATES = (
     no_layer,
     no_activation,
     other_map,
+    by_position,
     scalar,
     two_vectors,
 )

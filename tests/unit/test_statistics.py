@@ -390,6 +390,12 @@ def test_saturation_is_the_share_near_zero_and_one():
     assert rows[0].mean == pytest.approx(1.9 / 4)
 
 
+def test_bins_are_equal_and_a_gate_of_one_is_in_the_last():
+    values = [0.0, 1 / 64 - 1e-4, 1 / 64, 0.5, 63 / 64, 1.0]
+    histogram = made([column(*values)], [0, 0, 0, 1, 1, 1]).sums["site0"].histogram[0]
+    assert {i: int(n) for i, n in enumerate(histogram) if n} == {0: 2, 1: 1, 32: 1, 63: 2}
+
+
 def random_site(seed, n=12, channels=5):
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn(n, channels, 2, 2, generator=generator)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from se_prune.data.batches import TensorImages
@@ -344,6 +345,23 @@ def test_a_distilled_run_goes_on_too(tmp_path):
     stopped(net(), SGD, tmp_path, 2, teacher=teacher)
     train(resumed, SGD, teacher=teacher, resume=tmp_path)
     assert same(whole, resumed)
+
+
+def test_the_average_counts_steps_over_epochs_and_stops(tmp_path, monkeypatch):
+    counted = []
+    update = ModelEmaV3.update
+
+    def counting(self, model, step=None):
+        counted.append(step)
+        update(self, model, step=step)
+
+    monkeypatch.setattr(ModelEmaV3, "update", counting)
+    train(net(), SGD)
+    assert counted == list(range(1, 13))
+    stopped(net(), SGD, tmp_path, 1)
+    counted.clear()
+    train(net(), SGD, resume=tmp_path)
+    assert counted == list(range(5, 13))
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
