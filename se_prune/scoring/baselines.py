@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from se_prune import channels
 from se_prune.records import Coupling
@@ -35,7 +37,8 @@ _register("lamp", "layer-adaptive magnitude (Lee et al. 2021)")
 @criterion("taylor", "first-order Taylor expansion of the loss (Molchanov et al. 2019)", needs=("batches",))
 def taylor(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
     """|w·∂L/∂w| summed over the group, gradients of the mean loss over all batches."""
-    _accumulate(evidence, squared=False)
+    with _thawed(evidence.model):
+        _accumulate(evidence, squared=False)
     try:
         return _torch_pruning("taylor", evidence, wanted)
     finally:
@@ -45,18 +48,31 @@ def taylor(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[fl
 @criterion("hessian", "w²·E[(∂L/∂w)²] (optimal brain damage, LeCun et al. 1990)", needs=("batches",))
 def hessian(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
     """Squared gradients of single images, at most the first 256, as torch-pruning's users do."""
-    _accumulate(evidence, squared=True)
+    with _thawed(evidence.model):
+        _accumulate(evidence, squared=True)
     try:
         return _torch_pruning("hessian", evidence, wanted)
     finally:
         evidence.model.zero_grad(set_to_none=True)
 
 
+@contextlib.contextmanager
+def _thawed(model: nn.Module) -> Iterator[None]:
+    """Let frozen parameters have gradients too: a frozen layer can be cut like any other."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    try:
+        model.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def _accumulate(evidence: Evidence, *, squared: bool, limit: int = 256) -> None:
     """Leave the mean gradient, or the mean squared gradient of single images, in `.grad` on the CPU."""
     assert evidence.batches is not None
     model, device = evidence.model.to(evidence.device).eval(), evidence.device
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(model.parameters())
     sums = [torch.zeros_like(p, dtype=torch.float64 if device.type != "mps" else p.dtype) for p in parameters]
     seen = 0
     for images, labels in evidence.batches():

@@ -318,6 +318,18 @@ def test_hessian_is_squared_weight_times_mean_squared_gradient_by_hand():
     assert score("hessian", have).groups["blocks.0.conv1"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["taylor", "hessian"])
+def test_frozen_layers_are_scored_like_any_other(name):
+    have = measured(RESIDUAL)
+    expected = score(name, have)
+    have.model.blocks[0].requires_grad_(False)
+    flags = [p.requires_grad for p in have.model.parameters()]
+    assert score(name, have) == expected
+    assert [p.requires_grad for p in have.model.parameters()] == flags
+    assert {True, False} == set(flags)
+    assert all(p.grad is None for p in have.model.parameters())
+
+
 def test_hessian_looks_at_256_images_at_most():
     class Counted(nn.Module):
         """A network of a few weights that counts the images it sees."""
