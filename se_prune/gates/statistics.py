@@ -207,15 +207,14 @@ class Collector:
         self.sums = {site.name: SiteSums.zeros(classes, site.channels) for site in sites}
         self.counts = torch.zeros(classes, dtype=torch.float64)
         self.device = device
-        self.onehot = torch.zeros(0)
-        # mps has no float64: there the per-batch products are taken on the CPU
+        self.labels = torch.zeros(0, dtype=torch.long)
+        # mps has no float64: there the sums of a batch are taken on the CPU
         self.accumulate_on = torch.device("cpu") if device.type == "mps" else device
 
     def begin(self, labels: torch.Tensor) -> None:
         """Say which class (N,) each image of the next batch has."""
-        onehot = torch.nn.functional.one_hot(labels, len(self.counts)).to(torch.float64)
-        self.counts += onehot.sum(0)
-        self.onehot = onehot.T.to(self.accumulate_on)
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        self.labels = labels.to(self.accumulate_on)
 
     def on_gate(self, site: GateSite, u: torch.Tensor, s: torch.Tensor) -> None:
         """Add the gates and energies of one site for the current batch."""
@@ -232,7 +231,8 @@ class Collector:
         torch.mul(gate, energy, out=gate_energy)
         torch.mul(gate2, energy, out=gate2_energy)
         mean.mul_(gate)
-        table = (self.onehot @ columns.view(n, -1)).view(-1, len(TABLE), channels).cpu()
+        by_class = torch.zeros(len(self.counts), *columns.shape[1:], dtype=torch.float64, device=target)
+        table = by_class.index_add_(0, self.labels, columns).cpu()
         table[:, 2:5] /= height * width
         for index, name in enumerate(TABLE):
             getattr(sums, name).add_(table[:, index])
