@@ -38,12 +38,6 @@ class SurgeryError(SePruneError):
     """The network cannot be cut, or the cut network does not equal its masked twin."""
 
 
-class GateNotMetError(SePruneError):
-    """A limit given by the user (`--max-drop`) was not met."""
-
-    exit_code = 3
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest known word, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -23,9 +23,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         SePruneError: The folder cannot be written, or the disk is full; `path` is left as it was.
     """
-    target = Path(path)
+    target = Path(path).resolve()  # a link stays a link
     temporary: Path | None = None
     try:
+        _require_regular(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
         os.close(handle)
@@ -36,7 +37,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.replace(target)
     except OSError as error:
-        raise _refused(target, error) from error
+        raise _refused(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -59,9 +60,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
             raise OSError(errno.EIO, str(error)) from error
 
 
-def _refused(target: Path, error: OSError) -> SePruneError:
+def _require_regular(target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")
+
+
+def _refused(path: str | Path, error: OSError) -> SePruneError:
     return SePruneError(
-        f"cannot write {target}: {error.strerror or error}. Nothing was changed; free space there or choose "
+        f"cannot write {path}: {error.strerror or error}. Nothing was changed; free space there or choose "
         "another place with -o."
     )
 
@@ -72,15 +80,14 @@ def require_writable(path: str | Path) -> None:
     Raises:
         SePruneError: The folder cannot be made or written, or `path` is a folder.
     """
-    target = Path(path)
+    target = Path(path).resolve()
     try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _require_regular(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise _refused(target, error) from error
+        raise _refused(path, error) from error
 
 
 def make_folder(path: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tomllib
 from dataclasses import field
@@ -156,20 +155,20 @@ def _checked(cls: type[Any], values: dict[str, Any], what: str) -> Any:
 
 
 def _check_ranges(settings: TrainSettings, what: str) -> None:
-    limits = {
-        "epochs": 1,
-        "batch_size": 1,
-        "lr": 0.0,
-        "warmup": 0.0,
-        "crop_padding": 0,
-        "distill_temperature": 1e-3,
+    limits: dict[str, tuple[float, float]] = {
+        "epochs": (1, math.inf),
+        "batch_size": (1, math.inf),
+        "lr": (0.0, math.inf),
+        "crop_padding": (0, math.inf),
+        "weight_decay": (0, math.inf),
+        "clip_norm": (0, math.inf),
+        "distill_temperature": (1e-3, math.inf),
+        **dict.fromkeys(
+            ("momentum", "warmup", "label_smoothing", "ema_decay", "flip", "erase", "distill_weight"), (0, 1)
+        ),
     }
-    for name, least in limits.items():
+    for name, (least, most) in limits.items():
         value = getattr(settings, name)
-        if not least <= value < math.inf:  # also refuses NaN
-            raise UsageError(f"{what}: {name} must be at least {least} and finite, got {value}.")
-
-
-def known_settings() -> list[str]:
-    """Return the keys of `[train]` and `[finetune]`."""
-    return [f.name for f in dataclasses.fields(TrainSettings)]
+        if not least <= value <= most or value == math.inf:  # also refuses NaN
+            bound = "" if most == math.inf else f", at most {most}"
+            raise UsageError(f"{what}: {name} must be at least {least}{bound} and finite, got {value}.")

@@ -130,16 +130,3 @@ def preprocessing_line(preprocessing: Any) -> str:
     mean = ", ".join(f"{m:.4g}" for m in preprocessing.mean)
     std = ", ".join(f"{s:.4g}" for s in preprocessing.std)
     return f"input {size}, mean {mean}, std {std}"
-
-
-def percent(value: float, digits: int = 2) -> str:
-    """Return a fraction as percent."""
-    return f"{100 * value:.{digits}f} %"
-
-
-def count(value: int) -> str:
-    """Return a count with a unit: 3.86 G, 31.4 M, 280.7 k."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.2f} {unit}"
-    return str(value)

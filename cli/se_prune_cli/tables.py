@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from se_prune_cli.output import count, percent
+from se_prune import text
 
 if TYPE_CHECKING:
     from se_prune.records import Cost, Evaluation, Plan, SiteSummary
@@ -20,9 +20,9 @@ def accuracy(rows: Iterable[tuple[str, Evaluation]]) -> Table:
         [
             name,
             str(e.n),
-            percent(e.top1),
-            f"{percent(e.top1_ci95[0])} to {percent(e.top1_ci95[1])}",
-            percent(e.top5),
+            text.percent(e.top1, 2),
+            text.interval(e.top1_ci95),
+            text.percent(e.top5, 2),
             f"{e.loss:.4f}",
         ]
         for name, e in rows
@@ -38,7 +38,7 @@ def costs(before: Cost, after: Cost) -> Table:
         ("parameters", before.params, after.params),
     ]
     return ["", "before", "after", "kept"], [
-        [name, count(a), count(b), percent(b / a, 1) if a else "–"] for name, a, b in rows
+        [name, text.scaled(a), text.scaled(b), text.share(b, a)] for name, a, b in rows
     ]
 
 
@@ -58,8 +58,8 @@ def site_rows(sites: Sequence[SiteSummary]) -> Table:
             f"{s.mean:.2f}",
             f"{s.std_images:.3f}",
             f"{s.class_specificity:.2f}",
-            percent(s.saturated, 1),
-            percent(s.fold_loss, 1),
+            text.percent(s.saturated),
+            text.percent(s.fold_loss),
             s.advice,
         ]
         for s in sites

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from se_prune_cli.output import Output, Progressed, count, percent
+from se_prune import text
+from se_prune_cli.output import Output, Progressed
 from se_prune_cli.tables import accuracy, costs, site_rows
 
 
@@ -16,6 +17,7 @@ def run_and_show(
 
     from se_prune.pipeline import run_recipe
     from se_prune.recipe import find_recipe, read_run
+    from se_prune.report.sections import verdict
 
     chosen = read_run(find_recipe(recipe))
     if seed is not None:
@@ -26,23 +28,19 @@ def run_and_show(
         out.table("gates on training images", *site_rows(run.sites))
     out.table("cost of one image", *costs(run.cost_before, run.cost_after))
     out.table("accuracy on test images", *accuracy([(s.stage, s.evaluation) for s in run.stages]))
-    if run.paired is not None:
-        out.console.print(
-            f"top-1 {100 * run.paired.top1_difference:+.2f} points against the dense network "
-            f"(exact McNemar p = {run.paired.p_value:.3g})",
-            highlight=False,
-        )
+    out.console.print(verdict(run), highlight=False)
     if run.latency is not None:
         dense, cut = run.latency
         out.console.print(
-            f"latency, {cut.runtime}, batch 1, {cut.threads} thread: {dense.median_ms:.2f} → {cut.median_ms:.2f} ms "
-            f"({cut.ratio:.2f} × faster, median of {cut.rounds} interleaved rounds)",
+            f"latency, {cut.runtime}, batch 1, threads {cut.threads}: {text.milliseconds(dense.median_ms)} → "
+            f"{text.milliseconds(cut.median_ms)} ({text.speed(cut.ratio)}, {cut.rounds} interleaved rounds)",
             highlight=False,
         )
     for item in run.exported:
         out.console.print(
-            f"{item.target}: {item.output}, {count(item.bytes)}B, largest difference {item.max_abs_diff:.1e}, "
-            f"same top-1 on {percent(item.top1_agreement, 1)} of {item.images_checked} images",
+            f"{item.target}: {item.output}, {text.file_size(item.bytes)}, largest difference "
+            f"{text.tiny(item.max_abs_diff)}, same top-1 on {text.percent(item.top1_agreement)} of "
+            f"{item.images_checked} images",
             highlight=False,
         )
     out.console.print(f"report: {outcome.files['report']}", highlight=False)

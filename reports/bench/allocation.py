@@ -14,7 +14,7 @@ from se_prune.data.source import balanced_subset
 from se_prune.device import choose_device
 from se_prune.evaluate import evaluate
 from se_prune.pipeline import analyze, apply_plan, plan, structure
-from se_prune.pipeline.jobs import MEASURED_IMAGES
+from se_prune.pipeline.measure import MEASURED_IMAGES
 from se_prune.records import Budget
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -6,7 +6,7 @@ a subset of the classes can be asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,13 +103,3 @@ class _Collector:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def class_energies(energies: ChannelEnergies, keep: Sequence[int]) -> ChannelEnergies:
-    """Return the energies over the images of some classes only."""
-    chosen = torch.zeros(len(energies.counts), dtype=torch.float64)
-    chosen[list(keep)] = 1
-    return ChannelEnergies(
-        counts=energies.counts * chosen,
-        sums={name: value * chosen[:, None] for name, value in energies.sums.items()},
-    )

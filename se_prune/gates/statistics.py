@@ -25,7 +25,8 @@ from se_prune.records import SCHEMA_VERSION, GateSite, Preprocessing, from_dict,
 if TYPE_CHECKING:
     from se_prune.data import Split
 
-BINS = 64
+#: Bins of a gate's histogram: 0.05 and 0.95, the bounds of saturation, are edges of it.
+BINS = 100
 HEADER_KEY = "se_prune_statistics"
 TABLE = ("s", "s2", "u2", "su2", "s2u2", "v")
 ENERGY = "energy:"

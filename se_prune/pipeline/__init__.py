@@ -1,21 +1,15 @@
-"""Whole jobs; the only part that sees every stage. `jobs` holds one function a command, `run` the whole recipe."""
+"""Whole jobs; the only part that sees every stage. `measure` looks, `jobs` changes, `run` does a whole recipe."""
 
-from se_prune.pipeline.jobs import (
-    Applied,
+from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
+from se_prune.pipeline.measure import (
     Reporter,
     Silent,
     Structure,
     analyze,
-    apply_plan,
-    assess,
     example_input,
-    finetune,
     inspect,
-    new_network,
-    plan,
     require_classes,
     structure,
-    train,
 )
 from se_prune.pipeline.run import RunOutcome, run_recipe
 from se_prune.training.loop import StepLog

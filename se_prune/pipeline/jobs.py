@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from se_prune import __version__, artifact
 from se_prune.artifact import Network
-from se_prune.channels import couplings, layer_costs
+from se_prune.channels import layer_costs
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
-from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.evaluate import evaluate
-from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.sites import find_sites
-from se_prune.gates.statistics import Statistics, collect
+from se_prune.gates.statistics import Statistics
+from se_prune.pipeline.measure import (
+    BATCH,
+    MEASURED_IMAGES,
+    Reporter,
+    Silent,
+    Structure,
+    analyze,
+    channel_energies,
+    example_input,
+    require_classes,
+    require_statistics,
+)
 from se_prune.planning import check_budget, make_plan
 from se_prune.records import (
     ArchSpec,
     ArtifactHeader,
     Budget,
     Cost,
-    Coupling,
     Evaluation,
     GateSite,
     HistoryEntry,
-    Inspection,
     Plan,
-    Preprocessing,
     TrainSettings,
     to_dict,
 )
@@ -47,37 +53,8 @@ from se_prune.training import fit
 from se_prune.training.loop import StepLog
 from se_prune.zoo import registry
 
-#: Training images that scores and repair look at, unless told otherwise.
-MEASURED_IMAGES = 2048
-BATCH = 256
-
-
-class Reporter(Protocol):
-    """Shows progress; `stage` opens a bar and yields a function that takes the advance and a note."""
-
-    def stage(self, title: str, total: int | None) -> contextlib.AbstractContextManager[Callable[..., None]]:
-        """Open a bar for `total` units."""
-        ...
-
-
-class Silent:
-    """A reporter that shows nothing."""
-
-    @contextlib.contextmanager
-    def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
-        """Yield a function that does nothing."""
-        del title, total
-        yield lambda *_, **__: None
-
-
-@dataclass(slots=True, kw_only=True)
-class Structure:
-    """What the network is made of: gate sites, channel groups and cost."""
-
-    example: torch.Tensor
-    sites: tuple[GateSite, ...]
-    couplings: tuple[Coupling, ...]
-    cost: Cost
+#: Images on which a cut network is compared with its masked twin.
+PROOF_IMAGES = 8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,121 +68,6 @@ class Applied:
     cut: nn.Module
     network: Network
     repair_seconds: float
-
-
-def example_input(preprocessing: Preprocessing, n: int = 1) -> torch.Tensor:
-    """Return `n` fixed random images (N, C, H, W) of the network's input size."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, *preprocessing.input_size, generator=generator)
-
-
-def structure(network: Network) -> Structure:
-    """Find gate sites, channel groups and cost of a network.
-
-    Raises:
-        SurgeryError: torch-pruning cannot trace it.
-    """
-    example = example_input(network.header.preprocessing)
-    sites = find_sites(network.module, example)
-    return Structure(
-        example=example,
-        sites=sites,
-        couplings=couplings(network.module, example, sites),
-        cost=count_cost(network.module, network.header.preprocessing, sites),
-    )
-
-
-def inspect(network: Network) -> Inspection:
-    """Return what `inspect` prints."""
-    found = structure(network)
-    return Inspection(
-        arch=network.header.arch,
-        sites=found.sites,
-        groups=tuple(c.group for c in found.couplings),
-        cost=found.cost,
-    )
-
-
-def require_classes(network: Network, data: DataSource) -> None:
-    """Check that the network has an output for every class of the data.
-
-    Raises:
-        DataError: It has more or fewer; the message gives both numbers.
-    """
-    with torch.no_grad():
-        outputs = network.module.eval()(example_input(network.header.preprocessing)).shape[1]
-    if outputs != len(data.classes):
-        raise DataError(
-            f"the network has {outputs} classes but {data.ref} has {len(data.classes)}; use the data it was "
-            "trained on, or a checkpoint with that many classes."
-        )
-
-
-def require_statistics(network: Network, found: Structure, statistics: Statistics) -> None:
-    """Check that statistics are of a network with these gate sites and layers.
-
-    Raises:
-        CheckpointError: They are of another network, or of this one before it was cut.
-    """
-    sums = {} if statistics.energies is None else statistics.energies.sums
-    widths = {name: value.shape[1] for name, value in sums.items()}
-    layers = {n: m for n, m in network.module.named_modules() if isinstance(m, artifact.CONV_TYPES)}
-    same = all(widths.get(name, layer.in_channels) == layer.in_channels for name, layer in layers.items())
-    if statistics.sites != found.sites or not same:
-        raise CheckpointError(
-            "the statistics are of another network, or of this one before it was cut; make them again with "
-            "`se-prune analyze`."
-        )
-
-
-def analyze(
-    network: Network,
-    data: DataSource,
-    *,
-    device: torch.device,
-    images: int | None = None,
-    seed: int = 0,
-    reporter: Reporter | None = None,
-) -> Statistics:
-    """Measure gates on training images (all, or a balanced `images` of them) and channel energies on a subset.
-
-    Raises:
-        SurgeryError: The network has no gate sites.
-        DataError: The data does not fit the network.
-    """
-    show = reporter or Silent()
-    require_classes(network, data)
-    sites = find_sites(network.module, example_input(network.header.preprocessing))
-    if not sites:
-        raise SurgeryError(
-            "the network has no gate sites, so there is nothing to analyse; `se-prune archs` lists those that have."
-        )
-    split = data.train if images is None else balanced_subset(data.train, images, seed)
-    part = balanced_subset(split, MEASURED_IMAGES, seed)
-    preprocessing = network.header.preprocessing
-    with show.stage("gates", len(split)) as update:
-        statistics = collect(
-            network.module,
-            sites,
-            split,
-            preprocessing,
-            classes=data.classes,
-            device=device,
-            batch_size=BATCH,
-            on_batch=update,
-        )
-    with show.stage("channel energies", len(part)) as update:
-        statistics.energies = collect_energies(
-            network.module,
-            part,
-            preprocessing,
-            classes=len(data.classes),
-            device=device,
-            batch_size=BATCH,
-            on_batch=update,
-        )
-    network.module.cpu()
-    return statistics
 
 
 def plan(
@@ -238,10 +100,13 @@ def plan(
     if data is not None and needs:
         require_classes(network, data)
         subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
-        if "energies" in needs and energies is None:
-            statistics, energies = _measured(
-                network, data, found, device=device, seed=seed, reporter=reporter
+        if "energies" in needs and energies is None and found.sites:
+            statistics = analyze(
+                network, data, device=device, images=MEASURED_IMAGES, seed=seed, reporter=reporter
             )
+            energies = statistics.energies
+        elif "energies" in needs and energies is None:
+            energies = channel_energies(network, data, subset, device=device, seed=seed, reporter=reporter)
     preprocessing = network.header.preprocessing
     evidence = Evidence(
         model=network.module,
@@ -267,35 +132,6 @@ def plan(
     )
 
 
-def _measured(
-    network: Network,
-    data: DataSource,
-    found: Structure,
-    *,
-    device: torch.device,
-    seed: int,
-    reporter: Reporter | None,
-) -> tuple[Statistics | None, ChannelEnergies | None]:
-    """Return gate statistics (None without gates) and channel energies of `MEASURED_IMAGES` training images."""
-    if found.sites:
-        statistics = analyze(
-            network, data, device=device, images=MEASURED_IMAGES, seed=seed, reporter=reporter
-        )
-        return statistics, statistics.energies
-    split = balanced_subset(data.train, MEASURED_IMAGES, seed)
-    with (reporter or Silent()).stage("channel energies", len(split)) as update:
-        energies = collect_energies(
-            network.module,
-            split,
-            network.header.preprocessing,
-            classes=len(data.classes),
-            device=device,
-            batch_size=BATCH,
-            on_batch=update,
-        )
-    return None, energies
-
-
 def apply_plan(
     network: Network,
     found: Structure,
@@ -303,6 +139,7 @@ def apply_plan(
     *,
     device: torch.device,
     data: DataSource | None = None,
+    repair: bool = True,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Applied:
@@ -313,7 +150,9 @@ def apply_plan(
         found: Its structure.
         chosen: The plan.
         device: Where to repair.
-        data: Training images for the repair; None leaves the cut as it is.
+        data: Training images for the proof and the repair; without them the proof takes random images, in
+            which less of the network may respond, and nothing is repaired.
+        repair: Re-estimate BN statistics where there is data.
         seed: Chooses the images.
         reporter: Shows progress.
 
@@ -323,21 +162,21 @@ def apply_plan(
     show = reporter or Silent()
     with show.stage("cut", None):
         module = cut(network.module, found.example, chosen)
-        images = example_input(network.header.preprocessing, 4)
+        images = _proof_images(network, data, seed)
         gap = verify(network.module, module, found.couplings, chosen, images)
         sites = find_sites(module, found.example)
         after = count_cost(module, network.header.preprocessing, sites)
     repaired = artifact.clone(module)
-    repair: dict[str, Any] = {}
+    done: dict[str, Any] = {}
     started = time.perf_counter()
-    if data is not None:
+    if data is not None and repair:
         subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
         with show.stage("repair", len(subset)) as update:
             count = recalibrate_bn(
                 repaired, subset, network.header.preprocessing, device=device, on_batch=update
             )
         repaired.cpu()
-        repair = {"bn_recalibrated": count, "images": len(subset)}
+        done = {"bn_recalibrated": count, "images": len(subset)}
     entry = HistoryEntry(
         stage="apply",
         details={
@@ -347,7 +186,7 @@ def apply_plan(
             "macs": [found.cost.macs, after.macs],
             "params": [found.cost.params, after.params],
             "max_abs_diff_masked": gap,
-            "repair": repair,
+            "repair": done,
             "seed": seed,
         },
     )
@@ -366,6 +205,16 @@ def apply_plan(
         network=Network(module=repaired, header=header),
         repair_seconds=time.perf_counter() - started,
     )
+
+
+def _proof_images(network: Network, data: DataSource | None, seed: int) -> torch.Tensor:
+    preprocessing = network.header.preprocessing
+    if data is None:
+        return example_input(preprocessing, PROOF_IMAGES)
+    images, _ = next(
+        iter(balanced_subset(data.train, PROOF_IMAGES, seed).batches(PROOF_IMAGES, preprocessing))
+    )
+    return images
 
 
 def gate_layers(sites: tuple[GateSite, ...]) -> set[str]:

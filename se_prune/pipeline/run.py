@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from se_prune.export.onnx import onnx_runner
 from se_prune.files import make_folder, write_text
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
-from se_prune.pipeline import jobs
+from se_prune.pipeline import jobs, measure
 from se_prune.planning import check_budget
 from se_prune.recipe import RunRecipe, budget_of
-from se_prune.records import Evaluation, Exported, Latency, PairedTest, Run, StageResult, to_json
+from se_prune.records import Evaluation, Exported, Latency, Run, StageResult, to_json
 from se_prune.report import write_report
 from se_prune.scoring.registry import find
 from se_prune.training.loop import StepLog
@@ -54,7 +54,7 @@ def run_recipe(
     *,
     command: str,
     device: str = "auto",
-    reporter: jobs.Reporter | None = None,
+    reporter: measure.Reporter | None = None,
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
 
@@ -71,7 +71,7 @@ def run_recipe(
     Raises:
         SePruneError: Whatever a stage refuses; files of finished stages stay.
     """
-    show = reporter or jobs.Silent()
+    show = reporter or measure.Silent()
     budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params)
     check_budget(budget, recipe.apply.round_to, recipe.apply.min_channels)
     find(recipe.apply.criterion)
@@ -81,7 +81,7 @@ def run_recipe(
     target = choose_device(device)
     data = open_data(recipe.data)
     dense = open_model(recipe.model.ref, arch=recipe.model.arch, pretrained=recipe.model.pretrained)
-    found = jobs.structure(dense)
+    found = measure.structure(dense)
     stages: list[StageResult] = []
 
     def evaluated(stage: str, network: Network, seconds: float) -> Evaluation:
@@ -93,7 +93,7 @@ def run_recipe(
     clock = time.perf_counter()
     statistics: Statistics | None = None
     if found.sites:
-        statistics = jobs.analyze(dense, data, device=target, seed=recipe.seed, reporter=show)
+        statistics = measure.analyze(dense, data, device=target, seed=recipe.seed, reporter=show)
         statistics.save(folder / "statistics.safetensors")
     chosen = jobs.plan(
         dense,
@@ -113,12 +113,13 @@ def run_recipe(
         found,
         chosen,
         device=target,
-        data=data if recipe.apply.repair else None,
+        data=data,
+        repair=recipe.apply.repair,
         seed=recipe.seed,
         reporter=show,
     )
     seconds = time.perf_counter() - clock - applied.repair_seconds
-    evaluated("cut", replace_module(applied.network, applied.cut), seconds)
+    evaluated("cut", Network(module=applied.cut, header=applied.network.header), seconds)
     network, last = applied.network, stages[-1].evaluation
     if recipe.apply.repair:
         last = evaluated("repaired", network, applied.repair_seconds)
@@ -155,7 +156,7 @@ def run_recipe(
         bytes_after=bytes_of(files["artifact"]),
         max_abs_diff_masked=applied.max_abs_diff_masked,
         stages=tuple(stages),
-        paired=_paired(first, last, data.test),
+        paired=paired(first, last, data.test),
         latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
         sites=() if statistics is None else summarise(statistics),
         profiles=()
@@ -171,29 +172,19 @@ def run_recipe(
     return RunOutcome(run=run, network=network, files=files)
 
 
-def replace_module(network: Network, module: torch.nn.Module) -> Network:
-    """Return a network with the same header around another module of the same sizes."""
-    return Network(module=module, header=network.header)
-
-
 def step_note(log: StepLog) -> str:
     """Return what a progress bar says beside a training step."""
     return f"epoch {log.epoch + 1}, loss {log.loss:.3f}, top-1 {100 * log.top1:.1f} %"
 
 
-def _paired(first: Evaluation, last: Evaluation, split: Split) -> PairedTest:
-    return paired(first, last, split)
-
-
 def _exports(
-    network: Network, recipe: RunRecipe, folder: Path, data: DataSource, show: jobs.Reporter
+    network: Network, recipe: RunRecipe, folder: Path, data: DataSource, show: measure.Reporter
 ) -> tuple[Exported, ...]:
     results = []
     for name in recipe.export:
         images = real_images(data.train, network, EXPORT_IMAGES)
         with show.stage(f"export to {name}", None):
-            item = export(network, name, folder / f"pruned.{name}", images)
-        results.append(replace(item, output=str(folder / f"pruned.{name}")))
+            results.append(export(network, name, folder / f"pruned.{name}", images))
     return tuple(results)
 
 
@@ -211,7 +202,7 @@ def _latency(
     *,
     recipe: RunRecipe,
     device: torch.device,
-    show: jobs.Reporter,
+    show: measure.Reporter,
 ) -> tuple[Latency, Latency] | None:
     """Time dense and cut in turn, batch 1: in onnxruntime where the run exports to it, else in torch."""
     if recipe.latency_rounds < 1:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
+from se_prune import text
 from se_prune.records import Evaluation, GateProfile, GroupPlan, Run
-from se_prune.report import text
 from se_prune.report.tables import class_changes, kept_channels
 
 Spec = dict[str, Any]

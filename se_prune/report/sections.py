@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from se_prune import text
 from se_prune.records import GateProfile, Run
-from se_prune.report import figures, tables, text
+from se_prune.report import figures, tables
 from se_prune.report.figures import Key, Spec
 from se_prune.report.tables import Table
 

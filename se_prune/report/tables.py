@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from se_prune import text
 from se_prune.records import Budget, Evaluation, Exported, GroupPlan, Latency, Run, SiteSummary
-from se_prune.report import text
 
 #: Rows of the per-class table; with more classes than this it shows both ends.
 CLASS_ROWS = 60

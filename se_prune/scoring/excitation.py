@@ -56,13 +56,15 @@ def _describe(evidence: Evidence, statistics: Statistics | None, energies: Chann
                 for layer in record.nodes[index].layers:
                     norm_after[layer] = node.layers[0]
     gates = {name for s in evidence.sites for name in (s.reduce, s.expand)}
+    modules = dict(evidence.model.named_modules())
     reader_of: dict[str, str] = {}
     for coupling in evidence.couplings:
-        readers = [name for name in coupling.layers("in") if name not in gates]
+        # a layer behind the global pool reads means, whose energy is not that of the stream
+        readers = [n for n in coupling.layers("in") if n not in gates and isinstance(modules[n], CONV_TYPES)]
         if coupling.group.kind == "stream" and readers:
             reader_of |= dict.fromkeys(coupling.layers("out"), readers[-1])
     return _Network(
-        modules=dict(evidence.model.named_modules()),
+        modules=modules,
         norm_after=norm_after,
         site_of={s.features: s for s in evidence.sites if s.features is not None},
         reader_of=reader_of,

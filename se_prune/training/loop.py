@@ -215,6 +215,10 @@ def _ema(model: nn.Module, settings: TrainSettings):  # type: ignore[no-untyped-
 def _fingerprint(
     settings: TrainSettings, seed: int, images: int, model: nn.Module, teacher: nn.Module | None
 ) -> str:
-    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
-    text = f"{to_json(settings)} {seed} {images} {shapes} {teacher is not None}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Identify a run by its settings, its images, and the weights that it starts and distils from."""
+    digest = hashlib.sha256(f"{to_json(settings)} {seed} {images} {teacher is not None}".encode())
+    for network in (model, teacher):
+        for name, value in {} if network is None else network.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -10,8 +10,8 @@ from torch import nn
 
 GateGain = tuple[float, float]
 
-#: Kaiming gains of `reduce` and `expand` that give gates which react to the image from the first step.
-#: With the usual gain of 1 on both, training leaves the gates constant at 0.5 (`reports/bundled.md`).
+#: Kaiming gains of `reduce` and `expand` that give gates which react to the image from the first step; how alive
+#: the gates of the bundled networks are after training stands in `reports/bundled.md`.
 LIVE_GAIN: GateGain = (3.0, 2.0)
 
 

@@ -18,6 +18,7 @@ ORDER = (
     "records",  # what passes between stages
     "files",  # writing whole files
     "device",
+    "text",  # how numbers are written
     "recipe",
     "zoo",  # architectures
     "artifact",  # our own file, and the layer types that every stage shares

@@ -163,3 +163,21 @@ def test_make_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(SePruneError, match=r"cannot make the folder .*file: File exists; choose another"):
         make_folder(tmp_path / "file")
+
+
+def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (lambda: write_text(pipe, "x"), lambda: require_writable(pipe)):
+        with pytest.raises(SePruneError, match=r"cannot write .*pipe: .*not a file"):
+            write()
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["pipe"]

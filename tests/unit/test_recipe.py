@@ -1,11 +1,13 @@
 """Recipes: what is refused, with what to write instead, and that those we ship are good."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from se_prune.errors import UsageError
-from se_prune.recipe import BUNDLED, SOURCE, find_recipe, known_settings, read_run, read_toml, train_settings
+from se_prune.recipe import BUNDLED, SOURCE, find_recipe, read_run, read_toml, train_settings
+from se_prune.records import TrainSettings
 
 GOOD = """
 data = "fashion-mnist"
@@ -50,6 +52,8 @@ def test_a_good_recipe_and_its_defaults(written):
         ("macs = 0.5", "macs = 0.5\nrepair = 3", "repair"),
         ("lr = 0.01", "epochs = 1.5", "epochs"),
         ("lr = 0.01", "lr = nan", "lr must be at least 0.0 and finite, got nan"),
+        ("lr = 0.01", "flip = 1.5", "flip must be at least 0, at most 1 and finite, got 1.5"),
+        ("lr = 0.01", "ema_decay = -0.1", "ema_decay must be at least 0, at most 1 and finite, got -0.1"),
         ("lr = 0.01", "epochs = 0", "epochs must be at least 1 and finite, got 0"),
         ("lr = 0.01", 'optimizer = "adm"', "optimizer"),
         ('ref = "zoo:se_resnet20"', "", "ref"),
@@ -116,5 +120,5 @@ def test_every_recipe_that_ships_is_good(path: Path):
     else:
         (table,) = set(values) & {"train", "finetune"}
         settings = train_settings(path, table)
-        assert set(values[table]) <= set(known_settings())
+        assert set(values[table]) <= {f.name for f in dataclasses.fields(TrainSettings)}
         assert all(getattr(settings, key) == value for key, value in values[table].items())

@@ -12,9 +12,10 @@ from html.parser import HTMLParser
 import pytest
 from plotly.offline import get_plotlyjs
 
+from se_prune import text
 from se_prune.errors import SePruneError, UsageError
 from se_prune.records import GateProfile, Run, from_json, to_json
-from se_prune.report import figures, html, load_run, markdown, sections, tables, text, write_report
+from se_prune.report import figures, html, load_run, markdown, sections, tables, write_report
 from tests.runs import CLASSES, N_IMAGES, SITES, cost, evaluation, make_run, profile
 
 LINKS = ("src", "href", "action", "data", "poster", "srcset", "xlink:href")

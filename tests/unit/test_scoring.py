@@ -13,12 +13,12 @@ from torch import nn
 from se_prune.channels import couplings, layer_costs
 from se_prune.cost import count_cost
 from se_prune.errors import UsageError
-from se_prune.gates.energies import class_energies, collect_energies
+from se_prune.gates.energies import collect_energies
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import collect
 from se_prune.planning import make_plan
 from se_prune.records import Budget, Preprocessing
-from se_prune.scoring import CRITERIA, Evidence, score
+from se_prune.scoring import CRITERIA, Evidence, excitation, score
 from se_prune.scoring.registry import criterion, find, load_all
 from tests.built import lively
 from tests.nets import ALL, DEPTHWISE, RESIDUAL, ConvSE
@@ -252,21 +252,6 @@ def test_a_gated_channel_that_nothing_reads_scores_zero():
     assert sum(v == 0 for v in scores) == 1
 
 
-def test_excitation_over_some_classes_is_that_of_their_images():
-    have = measured(DEPTHWISE)
-    split = data(DEPTHWISE.input_size, 3)
-    own = Tensors(split.images[split.labels == 1], split.labels[split.labels == 1])
-    alone = collect_energies(have.model, own, None, classes=3, device=CPU)
-    everything = score("excitation", have).groups
-    have.energies = class_energies(have.energies, [1])
-    chosen = score("excitation", have).groups
-    have.energies = alone
-    expected = score("excitation", have).groups
-    for name, values in expected.items():
-        assert chosen[name] == pytest.approx(values, rel=1e-4)
-    assert chosen["stem"] != pytest.approx(everything["stem"], rel=1e-3)
-
-
 def test_excitation_without_statistics_takes_gates_of_one():
     have = measured(DEPTHWISE)
     with_gates = score("excitation", have).groups
@@ -440,3 +425,13 @@ def test_a_name_is_registered_once():
     with pytest.raises(AssertionError, match="l2 is registered twice"):
         criterion("l2", "again")(lambda *_: {})
     assert CRITERIA["l2"].summary != "again"
+
+
+def test_the_energy_of_a_stream_is_read_before_the_pool():
+    have = measured(RESIDUAL)
+    described = excitation._describe(have, have.statistics, have.energies)
+    stream = next(c for c in have.couplings if c.group.kind == "stream")
+    linear = {name for name, module in have.model.named_modules() if isinstance(module, nn.Linear)}
+    assert linear & set(stream.layers("in"))  # the classifier reads it too
+    assert described.reader_of
+    assert not linear & set(described.reader_of.values())

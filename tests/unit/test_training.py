@@ -392,7 +392,7 @@ OTHER = {
 def test_the_state_of_another_run_is_refused(tmp_path, settings, options):
     stopped(net(), SGD, tmp_path, 1)
     before = (tmp_path / STATE_FILE).read_bytes()
-    model = net(3)
+    model = net()
     kept = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(
         CheckpointError, match=r"belongs to a run with other settings; .*delete it to start again"
@@ -400,6 +400,17 @@ def test_the_state_of_another_run_is_refused(tmp_path, settings, options):
         train(model, settings, resume=tmp_path, **options)
     assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
     assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+def test_the_state_of_a_run_from_other_weights_is_refused(tmp_path):
+    stopped(net(), SGD, tmp_path / "plain", 1)
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
+        train(net(3), SGD, resume=tmp_path / "plain")
+    train(net(), SGD, resume=tmp_path / "plain")  # the control
+    stopped(net(), SGD, tmp_path / "taught", 1, teacher=net(5))
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
+        train(net(), SGD, resume=tmp_path / "taught", teacher=net(6))
+    train(net(), SGD, resume=tmp_path / "taught", teacher=net(5))
 
 
 def test_the_state_of_another_network_is_refused(tmp_path):

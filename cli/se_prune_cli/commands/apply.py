@@ -102,7 +102,8 @@ def command(
         found,
         plan,
         device=target,
-        data=source if repair and not dry_run else None,
+        data=source,
+        repair=repair and not dry_run,
         seed=seed,
         reporter=show,
     )

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from se_prune_cli.output import Json, Output, Progressed, count
+from se_prune import text
+from se_prune_cli.output import Json, Output, Progressed
 
 
 def command(
@@ -49,7 +50,14 @@ def command(
         f"{len(found)} architectures",
         ["architecture", "input", "gate sites", "params", "MACs", "SE MACs"],
         [
-            [ref, "×".join(map(str, size)), str(sites), count(c.params), count(c.macs), count(c.macs_se)]
+            [
+                ref,
+                "×".join(map(str, size)),
+                str(sites),
+                text.scaled(c.params),
+                text.scaled(c.macs),
+                text.scaled(c.macs_se),
+            ]
             for ref, size, sites, c in found
         ],
     )

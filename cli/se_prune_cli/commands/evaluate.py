@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from se_prune import text
 from se_prune_cli.output import (
     Arch,
     Data,
@@ -19,7 +20,6 @@ from se_prune_cli.output import (
     Progressed,
     Std,
     model_options,
-    percent,
     preprocessing_line,
 )
 from se_prune_cli.tables import accuracy
@@ -68,7 +68,7 @@ def command(
     out.table(
         "per class",
         ["class", *[name for name, _ in rows]],
-        [[name, *[percent(e.per_class[name]) for _, e in rows]] for name in result.per_class],
+        [[name, *[text.percent(e.per_class[name]) for _, e in rows]] for name in result.per_class],
     )
     if test is not None:
         out.console.print(

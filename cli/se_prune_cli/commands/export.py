@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from se_prune import text
 from se_prune_cli.output import (
     Arch,
     Data,
@@ -18,9 +19,7 @@ from se_prune_cli.output import (
     Pretrained,
     Progressed,
     Std,
-    count,
     model_options,
-    percent,
 )
 
 
@@ -63,9 +62,9 @@ def command(
         [
             [
                 result.output,
-                count(result.bytes),
+                text.file_size(result.bytes),
                 f"{result.max_abs_diff:.1e}",
-                percent(result.top1_agreement),
+                text.percent(result.top1_agreement),
                 f"{result.latency_ms:.2f} ms",
             ]
         ],

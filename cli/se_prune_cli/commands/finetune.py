@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from se_prune_cli.output import Arch, Data, Device, Json, Model, Output, Progressed, Seed
+from se_prune_cli.output import (
+    Arch,
+    Data,
+    Device,
+    InputSize,
+    Json,
+    Mean,
+    Model,
+    Output,
+    Pretrained,
+    Progressed,
+    Seed,
+    Std,
+    model_options,
+)
 from se_prune_cli.tables import accuracy
 
 
@@ -29,6 +43,10 @@ def command(
         Path | None, typer.Option(help="Folder that keeps the state after every epoch; run again to go on.")
     ] = None,
     arch: Arch = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -47,7 +65,7 @@ def command(
     settings = train_settings(file, "finetune", epochs=epochs, lr=lr, batch_size=batch_size)
     require_writable(output)
     target, source = choose_device(device), open_data(data)
-    network = open_model(model, arch=arch)
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
     dense = None if teacher is None else open_model(teacher, pretrained=teacher_pretrained)
     with show.stage(f"fine-tune, {settings.epochs} epochs", None) as update:
         tuned = pipeline.finetune(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from se_prune import text
 from se_prune_cli.output import (
     Arch,
     InputSize,
@@ -11,9 +12,7 @@ from se_prune_cli.output import (
     Output,
     Pretrained,
     Std,
-    count,
     model_options,
-    percent,
     preprocessing_line,
 )
 
@@ -54,10 +53,14 @@ def command(
         "cost of one image",
         ["", "", "share"],
         [
-            ["learnable parameters", count(cost.params), ""],
-            ["MACs (convolutions + fully connected)", count(cost.macs), ""],
-            ["of which in SE blocks", count(cost.macs_se), percent(cost.macs_se / max(1, cost.macs))],
-            ["squeeze, activation and multiply of gates", count(cost.macs_gate), "not in MACs"],
+            ["learnable parameters", text.scaled(cost.params), ""],
+            ["MACs (convolutions + fully connected)", text.scaled(cost.macs), ""],
+            [
+                "of which in SE blocks",
+                text.scaled(cost.macs_se),
+                text.percent(cost.macs_se / max(1, cost.macs), 2),
+            ],
+            ["squeeze, activation and multiply of gates", text.scaled(cost.macs_gate), "not in MACs"],
         ],
     )
     rest = ", ".join(f"{name} ×{times}" for name, times in cost.uncounted.items())

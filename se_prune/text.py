@@ -1,4 +1,4 @@
-"""How a report writes numbers: percent with a space, a real minus sign, thin groups of thousands."""
+"""How reports and the command line write numbers: percent with a space, a real minus sign, thin groups of thousands."""
 
 from __future__ import annotations
 

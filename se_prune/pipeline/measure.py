@@ -1,0 +1,181 @@
+"""Looking at a network: its structure, and what its gates and channels do on training images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from se_prune import artifact
+from se_prune.artifact import Network
+from se_prune.channels import couplings
+from se_prune.cost import count_cost
+from se_prune.data import DataSource
+from se_prune.data.source import Split, balanced_subset
+from se_prune.errors import CheckpointError, DataError, SurgeryError
+from se_prune.gates.energies import ChannelEnergies, collect_energies
+from se_prune.gates.sites import find_sites
+from se_prune.gates.statistics import Statistics, collect
+from se_prune.records import Cost, Coupling, GateSite, Inspection, Preprocessing
+
+#: Training images that scores and repair look at, unless told otherwise.
+MEASURED_IMAGES = 2048
+BATCH = 256
+
+
+class Reporter(Protocol):
+    """Shows progress; `stage` opens a bar and yields a function that takes the advance and a note."""
+
+    def stage(self, title: str, total: int | None) -> contextlib.AbstractContextManager[Callable[..., None]]:
+        """Open a bar for `total` units."""
+        ...
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """Yield a function that does nothing."""
+        del title, total
+        yield lambda *_, **__: None
+
+
+@dataclass(slots=True, kw_only=True)
+class Structure:
+    """What the network is made of: gate sites, channel groups and cost."""
+
+    example: torch.Tensor
+    sites: tuple[GateSite, ...]
+    couplings: tuple[Coupling, ...]
+    cost: Cost
+
+
+def example_input(preprocessing: Preprocessing, n: int = 1) -> torch.Tensor:
+    """Return `n` fixed random images (N, C, H, W) of the network's input size."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, *preprocessing.input_size, generator=generator)
+
+
+def structure(network: Network) -> Structure:
+    """Find gate sites, channel groups and cost of a network.
+
+    Raises:
+        SurgeryError: torch-pruning cannot trace it.
+    """
+    example = example_input(network.header.preprocessing)
+    sites = find_sites(network.module, example)
+    return Structure(
+        example=example,
+        sites=sites,
+        couplings=couplings(network.module, example, sites),
+        cost=count_cost(network.module, network.header.preprocessing, sites),
+    )
+
+
+def inspect(network: Network) -> Inspection:
+    """Return what `inspect` prints."""
+    found = structure(network)
+    return Inspection(
+        arch=network.header.arch,
+        sites=found.sites,
+        groups=tuple(c.group for c in found.couplings),
+        cost=found.cost,
+    )
+
+
+def require_classes(network: Network, data: DataSource) -> None:
+    """Check that the network has an output for every class of the data.
+
+    Raises:
+        DataError: It has more or fewer; the message gives both numbers.
+    """
+    with torch.no_grad():
+        outputs = network.module.eval()(example_input(network.header.preprocessing)).shape[1]
+    if outputs != len(data.classes):
+        raise DataError(
+            f"the network has {outputs} classes but {data.ref} has {len(data.classes)}; use the data it was "
+            "trained on, or a checkpoint with that many classes."
+        )
+
+
+def require_statistics(network: Network, found: Structure, statistics: Statistics) -> None:
+    """Check that statistics are of a network with these gate sites and layers.
+
+    Raises:
+        CheckpointError: They are of another network, or of this one before it was cut.
+    """
+    sums = {} if statistics.energies is None else statistics.energies.sums
+    widths = {name: value.shape[1] for name, value in sums.items()}
+    layers = {n: m for n, m in network.module.named_modules() if isinstance(m, artifact.CONV_TYPES)}
+    same = all(widths.get(name, layer.in_channels) == layer.in_channels for name, layer in layers.items())
+    if statistics.sites != found.sites or not same:
+        raise CheckpointError(
+            "the statistics are of another network, or of this one before it was cut; make them again with "
+            "`se-prune analyze`."
+        )
+
+
+def analyze(
+    network: Network,
+    data: DataSource,
+    *,
+    device: torch.device,
+    images: int | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Statistics:
+    """Measure gates on training images (all, or a balanced `images` of them) and channel energies on a subset.
+
+    Raises:
+        SurgeryError: The network has no gate sites.
+        DataError: The data does not fit the network.
+    """
+    require_classes(network, data)
+    sites = find_sites(network.module, example_input(network.header.preprocessing))
+    if not sites:
+        raise SurgeryError(
+            "the network has no gate sites, so there is nothing to analyse; `se-prune archs` lists those that have."
+        )
+    split = data.train if images is None else balanced_subset(data.train, images, seed)
+    with (reporter or Silent()).stage("gates", len(split)) as update:
+        statistics = collect(
+            network.module,
+            sites,
+            split,
+            network.header.preprocessing,
+            classes=data.classes,
+            device=device,
+            batch_size=BATCH,
+            on_batch=update,
+        )
+    statistics.energies = channel_energies(network, data, split, device=device, seed=seed, reporter=reporter)
+    return statistics
+
+
+def channel_energies(
+    network: Network,
+    data: DataSource,
+    split: Split,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> ChannelEnergies:
+    """Measure the energy of every channel on at most `MEASURED_IMAGES` images of a split."""
+    part = balanced_subset(split, MEASURED_IMAGES, seed)
+    with (reporter or Silent()).stage("channel energies", len(part)) as update:
+        energies = collect_energies(
+            network.module,
+            part,
+            network.header.preprocessing,
+            classes=len(data.classes),
+            device=device,
+            batch_size=BATCH,
+            on_batch=update,
+        )
+    network.module.cpu()
+    return energies
