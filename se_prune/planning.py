@@ -20,7 +20,7 @@ from se_prune.records import Budget, Coupling, GroupPlan, LayerCost, Plan, Score
 FLOOR_SHARE = 1 / 16
 #: Exponent of a channel's MACs in a step's price; 0 ignores the cost, 1 is score per MAC. Chosen on held-out
 #: training images of both bundled networks (`reports/allocation.md`).
-COST_POWER = 0.5
+COST_POWER = 0.75
 
 
 @dataclass(slots=True, kw_only=True)
