@@ -59,7 +59,7 @@ def main() -> None:
                     f"{100 * result.top1:.2f} %",
                     f"{100 * low:.2f} to {100 * high:.2f} %",
                     "" if label == "as trained" else f"{100 * test.top1_difference:+.2f}",
-                    "" if label == "as trained" else f"{test.p_value:.2g}",
+                    "" if label == "as trained" else f"{test.p_value:.2g}" if test.p_value else "< 1e-300",
                 ]
             )
         text.append(markdown_table(["gates", "top-1", "95 % interval", "points", "McNemar p"], table))

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 BINS = 100
 HEADER_KEY = "se_prune_statistics"
 TABLE = ("s", "s2", "u2", "su2", "s2u2", "v")
+#: Images whose sums are taken at once: their columns stay in the cache.
+CHUNK = 64
 ENERGY = "energy:"
 ENERGY_COUNTS = "energy-counts"
 
@@ -202,60 +204,89 @@ def collect(
 
 
 class Collector:
-    """Adds up one batch after another; `begin` names the classes of the batch that follows."""
+    """Adds up one batch after another; `begin` names the classes of the batch that follows.
+
+    A site only leaves its gates and the moments of its features (N, C) behind; the sums of all sites are taken
+    together once per batch, over their joined channels, since with small maps a pass is otherwise spent on
+    starting small operations.
+    """
 
     def __init__(self, sites: Sequence[GateSite], classes: int, device: torch.device) -> None:
-        self.sums = {site.name: SiteSums.zeros(classes, site.channels) for site in sites}
+        self.sites = tuple(sites)
+        channels = sum(site.channels for site in sites)
+        self.joined = SiteSums.zeros(classes, channels)
         self.counts = torch.zeros(classes, dtype=torch.float64)
-        self.device = device
         self.labels = torch.zeros(0, dtype=torch.long)
+        self.pending: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # mps has no float64: there the sums of a batch are taken on the CPU
         self.accumulate_on = torch.device("cpu") if device.type == "mps" else device
 
     def begin(self, labels: torch.Tensor) -> None:
         """Say which class (N,) each image of the next batch has."""
-        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        self._finish_batch()
         self.labels = labels.to(self.accumulate_on)
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
 
     def on_gate(self, site: GateSite, u: torch.Tensor, s: torch.Tensor) -> None:
         """Add the gates and energies of one site for the current batch."""
-        n, channels, height, width = u.shape
-        sums, target = self.sums[site.name], self.accumulate_on
-        narrow = s.reshape(n, channels).to(target)
-        # columns in the order of TABLE; written in place, since joining them would cost as much as the sums
-        columns = torch.empty(n, len(TABLE), channels, dtype=torch.float64, device=target)
-        gate, gate2, energy, gate_energy, gate2_energy, mean = columns.unbind(1)
-        gate.copy_(narrow)
-        energy.copy_(_energy(u))
-        mean.copy_(u.mean((2, 3)))
-        torch.mul(gate, gate, out=gate2)
-        torch.mul(gate, energy, out=gate_energy)
-        torch.mul(gate2, energy, out=gate2_energy)
-        mean.mul_(gate)
-        by_class = torch.zeros(len(self.counts), *columns.shape[1:], dtype=torch.float64, device=target)
-        table = by_class.index_add_(0, self.labels, columns).cpu()
-        table[:, 2:5] /= height * width
-        for index, name in enumerate(TABLE):
-            getattr(sums, name).add_(table[:, index])
-        low, high = torch.aminmax(narrow, dim=0)
-        torch.minimum(sums.smin, low.cpu().double(), out=sums.smin)
-        torch.maximum(sums.smax, high.cpu().double(), out=sums.smax)
-        sums.histogram.add_(_histogram(narrow).cpu())
+        norm = torch.linalg.vector_norm(u, dim=(2, 3)) / (u.shape[2] * u.shape[3]) ** 0.5
+        self.pending[site.name] = (s.reshape(u.shape[:2]), norm, u.mean((2, 3)))
 
     def result(self) -> dict[str, SiteSums]:
-        """Return the sums so far."""
-        return self.sums
+        """Return the sums so far, by site."""
+        self._finish_batch()
+        parts = {
+            f.name: getattr(self.joined, f.name).split(
+                [site.channels for site in self.sites], dim=1 if f.name in TABLE else 0
+            )
+            for f in fields(SiteSums)
+        }
+        return {
+            site.name: SiteSums(**{name: part[index].clone() for name, part in parts.items()})
+            for index, site in enumerate(self.sites)
+        }
+
+    def _finish_batch(self) -> None:
+        if not self.pending:
+            return
+        gates, norms, means = (
+            torch.cat([self.pending[site.name][index] for site in self.sites], 1).to(self.accumulate_on)
+            for index in range(3)
+        )
+        self.pending = {}
+        table = torch.zeros(
+            len(self.counts), len(TABLE), gates.shape[1], dtype=torch.float64, device=self.accumulate_on
+        )
+        for chunk in zip(*(t.split(CHUNK) for t in (self.labels, gates, norms, means)), strict=True):
+            _add_images(table, *chunk)
+        by_class = table.cpu()
+        for index, name in enumerate(TABLE):
+            getattr(self.joined, name).add_(by_class[:, index])
+        low, high = gates.amin(0).cpu().double(), gates.amax(0).cpu().double()
+        torch.minimum(self.joined.smin, low, out=self.joined.smin)
+        torch.maximum(self.joined.smax, high, out=self.joined.smax)
+        self.joined.histogram.add_(_histogram(gates).cpu())
+
+
+def _add_images(
+    table: torch.Tensor, labels: torch.Tensor, gates: torch.Tensor, norms: torch.Tensor, means: torch.Tensor
+) -> None:
+    """Add images (N, C) to the sums of their classes (K, 6, C), in the order of `TABLE`."""
+    n, channels = gates.shape
+    columns = torch.empty(n, len(TABLE), channels, dtype=torch.float64, device=table.device)
+    gate, gate2, energy, gate_energy, gate2_energy, mean = columns.unbind(1)
+    gate.copy_(gates)
+    torch.mul(gate, gate, out=gate2)
+    energy.copy_(norms).square_()
+    torch.mul(gate, energy, out=gate_energy)
+    torch.mul(gate2, energy, out=gate2_energy)
+    torch.mul(gate, means, out=mean)
+    table.index_add_(0, labels, columns)
 
 
 def _histogram(gate: torch.Tensor) -> torch.Tensor:
     """Return how many gates (N, C) fall into each of `BINS` equal bins of [0, 1], per channel (C, B)."""
     channels = gate.shape[1]
-    bins = (gate * BINS).long().clamp_(0, BINS - 1)
-    bins += BINS * torch.arange(channels, device=bins.device)
+    bins = (gate * BINS).int().clamp_(0, BINS - 1)
+    bins += BINS * torch.arange(channels, dtype=torch.int32, device=bins.device)
     return torch.bincount(bins.view(-1), minlength=BINS * channels).view(channels, BINS)
-
-
-def _energy(u: torch.Tensor) -> torch.Tensor:
-    """Return Σ_hw u² (N, C) in one read of `u`."""
-    norm: torch.Tensor = torch.linalg.vector_norm(u, dim=(2, 3))
-    return norm.square()
