@@ -29,7 +29,7 @@ WEIGHTS = Path(registry.__file__).parent / "weights"
 
 
 def open_model(
-    ref: str,
+    ref: str | Path,
     *,
     arch: str | None = None,
     num_classes: int | None = None,
@@ -56,6 +56,7 @@ def open_model(
         CheckpointError: The file is missing, broken, unsafe, or does not fit its architecture.
     """
     sizes = _asked_sizes(num_classes, in_channels)
+    ref = str(ref)
     path = _file_of(ref)
     if path is None:
         if arch is not None:

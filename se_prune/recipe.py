@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from se_prune.errors import SePruneError, UsageError, nearest
-from se_prune.records import FORBID_EXTRA, Budget, TrainSettings, from_dict, record
+from se_prune.records import FORBID_EXTRA, Budget, RepairMode, TrainSettings, from_dict, record
 
 FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 2, "lr": 0.02, "warmup": 0.1}
 BUNDLED = Path(__file__).parent / "_recipes"
@@ -37,7 +37,7 @@ class ApplyTable:
     criterion: str = "excitation"
     round_to: int = 1
     min_channels: int = 2
-    repair: bool = True
+    repair: RepairMode = "refit"
 
 
 @record

@@ -100,6 +100,8 @@ class GateSite:
 
 
 GroupKind = Literal["gated", "stream", "inner", "hidden"]
+#: After the cut: BN recalibration alone, least squares before it, or nothing.
+RepairMode = Literal["refit", "bn", "none"]
 
 
 @record
@@ -226,6 +228,20 @@ class GroupPlan:
     channels: int
     removed: tuple[int, ...]
     note: str | None = None
+
+
+@record
+class LayerRefit:
+    """The least-squares repair of one layer: its squared error on held-out images before and after.
+
+    Errors are relative to the variance of the dense network's responses; `kept` says whether the fit was taken.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    layer: str
+    error_before: float
+    error_after: float
+    kept: bool
 
 
 @record

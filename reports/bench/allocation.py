@@ -46,7 +46,7 @@ def main() -> None:
                     data=data,
                     statistics=statistics,
                 )
-                applied = apply_plan(network, found, chosen, device=device, data=data)
+                applied = apply_plan(network, found, chosen, device=device, data=data, repair="bn")
                 preprocessing = network.header.preprocessing
                 accuracies.append(
                     evaluate(applied.network.module, held_out, preprocessing, device=device).top1

@@ -53,7 +53,7 @@ def run_job(job: Job) -> dict[str, Any]:
     found = structure(network)
     budget = Budget(kind="macs", value=kept)
     chosen = plan(network, found, budget, criterion=criterion, device=device, data=data, seed=seed)
-    applied = apply_plan(network, found, chosen, device=device, data=data, seed=seed)
+    applied = apply_plan(network, found, chosen, device=device, data=data, repair="bn", seed=seed)
     _, repaired = assess(applied.network, data, device=device)
     settings = train_settings(None, "finetune", **{**FINETUNE_DEFAULTS, **SETTINGS})
     tuned = finetune(applied.network, data, settings, device=device, teacher=network, seed=seed)

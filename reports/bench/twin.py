@@ -19,7 +19,7 @@ def main() -> None:
         for tenth in range(1, 10):
             budget = Budget(kind="sparsity", value=tenth / 10)
             chosen = plan(network, found, budget, criterion="excitation", device=device, data=data)
-            applied = apply_plan(network, found, chosen, device=device, data=data, repair=False)
+            applied = apply_plan(network, found, chosen, device=device, data=data, repair="none")
             rows.append(
                 {
                     "network": name,

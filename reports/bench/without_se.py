@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reports.bench.common import NETWORKS, bundled, markdown_table, write_report
 from se_prune.checkpoint import open_model
+from se_prune.cost import count_cost
 from se_prune.data import open_data
 from se_prune.device import choose_device
 from se_prune.evaluate import paired
@@ -38,7 +39,8 @@ def main() -> None:
             sys.exit(f"{path} is missing; make it with `{command(name)}` (DIR: the four idx files).")
         results: list[Evaluation] = []
         for network in (bundled(name), open_model(path)):
-            cost, result = assess(network, data, device=device)
+            _, result = assess(network, data, device=device)
+            cost = count_cost(network.module, network.header.preprocessing)
             results.append(result)
             training = next(e.details for e in network.header.history if e.stage == "train")
             row = {

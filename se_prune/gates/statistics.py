@@ -257,7 +257,7 @@ class Collector:
         table = torch.zeros(
             len(self.counts), len(TABLE), gates.shape[1], dtype=torch.float64, device=self.accumulate_on
         )
-        for chunk in zip(*(t.split(CHUNK) for t in (self.labels, gates, norms, means)), strict=True):
+        for chunk in zip(*(torch.split(t, CHUNK) for t in (self.labels, gates, norms, means)), strict=True):
             _add_images(table, *chunk)
         by_class = table.cpu()
         for index, name in enumerate(TABLE):

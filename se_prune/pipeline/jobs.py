@@ -42,12 +42,14 @@ from se_prune.records import (
     GateSite,
     HistoryEntry,
     Plan,
+    RepairMode,
     TrainSettings,
     to_dict,
 )
 from se_prune.scoring import Evidence, score
 from se_prune.scoring.registry import find
 from se_prune.surgery.cut import cut, verify
+from se_prune.surgery.refit import refit
 from se_prune.surgery.repair import recalibrate_bn
 from se_prune.training import fit
 from se_prune.training.loop import StepLog
@@ -139,7 +141,7 @@ def apply_plan(
     *,
     device: torch.device,
     data: DataSource | None = None,
-    repair: bool = True,
+    repair: RepairMode = "refit",
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Applied:
@@ -152,7 +154,7 @@ def apply_plan(
         device: Where to repair.
         data: Training images for the proof and the repair; without them the proof takes random images, in
             which less of the network may respond, and nothing is repaired.
-        repair: Re-estimate BN statistics where there is data.
+        repair: `refit`: least squares, then BN statistics; `bn`: BN statistics alone; `none`.
         seed: Chooses the images.
         reporter: Shows progress.
 
@@ -169,14 +171,17 @@ def apply_plan(
     repaired = artifact.clone(module)
     done: dict[str, Any] = {}
     started = time.perf_counter()
-    if data is not None and repair:
-        subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
-        with show.stage("repair", len(subset)) as update:
-            count = recalibrate_bn(
-                repaired, subset, network.header.preprocessing, device=device, on_batch=update
-            )
-        repaired.cpu()
-        done = {"bn_recalibrated": count, "images": len(subset)}
+    if data is not None and repair != "none":
+        done = _repair(
+            network,
+            repaired,
+            found,
+            chosen,
+            mode=repair,
+            subset=balanced_subset(data.train, MEASURED_IMAGES, seed),
+            device=device,
+            show=show,
+        )
     entry = HistoryEntry(
         stage="apply",
         details={
@@ -205,6 +210,42 @@ def apply_plan(
         network=Network(module=repaired, header=header),
         repair_seconds=time.perf_counter() - started,
     )
+
+
+def _repair(
+    dense: Network,
+    module: nn.Module,
+    found: Structure,
+    chosen: Plan,
+    *,
+    mode: RepairMode,
+    subset: Split,
+    device: torch.device,
+    show: Reporter,
+) -> dict[str, Any]:
+    """Repair a cut module in place; return what was done, for the history."""
+    preprocessing = dense.header.preprocessing
+    done: dict[str, Any] = {"images": len(subset)}
+    if mode == "refit":
+        with show.stage("repair: least squares", 2 * len(subset)) as update:
+            fits = refit(
+                dense.module,
+                module,
+                found.couplings,
+                chosen,
+                split=subset,
+                preprocessing=preprocessing,
+                device=device,
+                on_images=update,
+            )
+        dense.module.cpu()
+        done["refit"] = [to_dict(fit) for fit in fits]
+    with show.stage("repair: BN statistics", len(subset)) as update:
+        done["bn_recalibrated"] = recalibrate_bn(
+            module, subset, preprocessing, device=device, on_batch=update
+        )
+    module.cpu()
+    return done
 
 
 def _proof_images(network: Network, data: DataSource | None, seed: int) -> torch.Tensor:

@@ -121,7 +121,7 @@ def run_recipe(
     seconds = time.perf_counter() - clock - applied.repair_seconds
     evaluated("cut", Network(module=applied.cut, header=applied.network.header), seconds)
     network, last = applied.network, stages[-1].evaluation
-    if recipe.apply.repair:
+    if recipe.apply.repair != "none":
         last = evaluated("repaired", network, applied.repair_seconds)
     if recipe.finetune is not None:
         clock = time.perf_counter()

@@ -111,7 +111,7 @@ def test_apply(applied):
 
 
 def test_statistics_alone_are_enough_to_plan(applied):
-    line = f"apply {NET} --macs 0.5 --no-repair -o bare.safetensors"
+    line = f"apply {NET} --macs 0.5 --repair none -o bare.safetensors"
     found = document(f"{line} --stats stats.safetensors")
     assert found["plan"] == applied["plan"]
     code, _, err = call(line)  # the control: without them, and without data, nothing can be planned
@@ -218,7 +218,7 @@ BAD = {
     "two budgets": (f"{APPLY} --macs 0.5 --sparsity 0.5", "exactly one budget"),
     "no budget": (APPLY, "exactly one budget"),
     "no output": (f"apply {NET} --data data --macs 0.5", "--dry-run"),
-    "no data to repair on": (f"apply {NET} --macs 0.5 -o x.safetensors", "--no-repair"),
+    "no data to repair on": (f"apply {NET} --macs 0.5 -o x.safetensors", "--repair none"),
     "empty data": (f"evaluate {NET} --data empty", "empty"),
     "missing data": (f"evaluate {NET} --data nowhere", "nowhere"),
     "code in a pickle": ("inspect code.pth --arch zoo:se_resnet20", "code.pth is a pickle that calls"),

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from se_prune.records import RepairMode
 from se_prune_cli.output import (
     Arch,
     Device,
@@ -36,7 +37,10 @@ def command(
     criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "excitation",
     round_to: Annotated[int, typer.Option(help="Keep multiples of this many channels.")] = 1,
     min_channels: Annotated[int, typer.Option(help="No group keeps fewer.")] = 2,
-    repair: Annotated[bool, typer.Option(help="Re-estimate BN statistics on training images.")] = True,
+    repair: Annotated[
+        RepairMode,
+        typer.Option(help="After the cut: least squares and BN statistics, BN statistics alone, or nothing."),
+    ] = "refit",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and prove, write nothing.")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write.")] = None,
     arch: Arch = None,
@@ -71,9 +75,9 @@ def command(
         require_writable(output)
     target = choose_device(device)
     source = None if data is None else open_data(data)
-    if repair and source is None and not dry_run:
+    if repair != "none" and source is None and not dry_run:
         raise UsageError(
-            "the repair after the cut needs training images: add --data, or --no-repair to leave it out."
+            "the repair after the cut needs training images: add --data, or --repair none to leave it out."
         )
     statistics = None if stats is None else Statistics.load(stats)
     if needs and source is None and statistics is None:
@@ -103,7 +107,7 @@ def command(
         plan,
         device=target,
         data=source,
-        repair=repair and not dry_run,
+        repair="none" if dry_run else repair,
         seed=seed,
         reporter=show,
     )

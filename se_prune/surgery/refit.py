@@ -1,0 +1,324 @@
+"""Repair by least squares: every layer that lost inputs is fitted to what the dense network computed there.
+
+Shapes: N images, I inputs of a layer (input channels × kernel positions, and 1 for the bias), O outputs. For a layer
+with kept inputs x and the dense network's pre-activation y of its kept outputs, the new weights minimise
+E‖x·W − y‖² + λ·‖W − W_cut‖² in closed form from the Gram matrix of x (I, I), summed in float64. A layer that a BN
+follows is fitted up to a constant, which goes into the BN's running mean. Layers are taken in the order in which they
+run, each on inputs that those before it have already repaired; no labels are needed. Both networks run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from se_prune.artifact import NORM_TYPES
+from se_prune.errors import DataError
+from se_prune.records import Coupling, LayerRefit, Plan, Preprocessing
+
+if TYPE_CHECKING:
+    from se_prune.data import Split
+
+#: λ, as a share of the mean diagonal of the Gram matrix.
+RIDGE = 1e-3
+#: Every n-th image is held out to check each layer.
+HELD_OUT = 5
+#: Bytes of dense responses that are kept at a time; where more would be needed, fewer images are used.
+RESPONSE_BYTES = 2 << 30
+#: Patches of a convolution that are unfolded at a time, in elements.
+PATCH_ELEMENTS = 1 << 24
+LAYER_TYPES = (nn.Conv2d, nn.Linear)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Moments:
+    """Sums over images of xᵀx (I, I), xᵀy (I, O) and y² (O,), and how many rows they hold."""
+
+    xx: torch.Tensor
+    xy: torch.Tensor
+    yy: torch.Tensor
+    rows: int = 0
+
+    @classmethod
+    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> _Moments:
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        return cls(xx=empty(inputs, inputs), xy=empty(inputs, outputs), yy=empty(outputs))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add rows x (R, I) and y (R, O)."""
+        self.xx += (x.T @ x).to(self.xx)
+        self.xy += (x.T @ y).to(self.xx)
+        self.yy += y.square().sum(0).to(self.xx)
+        self.rows += len(x)
+
+    def error(self, weights: torch.Tensor) -> float:
+        """Return Σ‖x·W − y‖² relative to Σ‖y − E[y]‖² for weights (I, O); the last input is 1."""
+        fitted = ((self.xx @ weights - 2 * self.xy) * weights).sum() + self.yy.sum()
+        spread = self.yy.sum() - (self.xy[-1].square() / self.rows).sum()
+        return float(fitted / spread.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+@torch.no_grad()
+def refit(
+    dense: nn.Module,
+    cut_network: nn.Module,
+    couplings: Sequence[Coupling],
+    plan: Plan,
+    *,
+    split: Split,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    batch_size: int = 128,
+    on_images: Callable[[int], None] | None = None,
+) -> tuple[LayerRefit, ...]:
+    """Re-fit, in place, every dense convolution and linear layer of `cut_network` whose inputs the plan removed.
+
+    Depthwise and grouped convolutions, modules that run more than once, and a layer whose error on held-out images
+    would not fall keep their weights. Of BN only running means change; re-estimate the statistics afterwards.
+
+    Args:
+        dense: The network before the cut; left as it is.
+        cut_network: The same network cut by `plan`, with its weights unrepaired.
+        couplings: The channel groups of the dense network.
+        plan: What was removed.
+        split: Images to fit on; every fifth is held out. Fewer are used where the dense responses would take
+            more than `RESPONSE_BYTES`.
+        preprocessing: How the network wants its images.
+        device: Where to compute; both networks stay on it, in eval mode.
+        batch_size: Images per pass of the dense network.
+        on_images: Called with the count of images that are done.
+
+    Returns:
+        One record per layer with lost inputs, in the order in which they ran.
+
+    Raises:
+        DataError: There are fewer images than `HELD_OUT`.
+    """
+    if len(split) < HELD_OUT:
+        raise DataError(
+            f"the least-squares repair needs {HELD_OUT} images or more, got {len(split)}; check --data."
+        )
+    kept = _kept_outputs(dense, couplings, plan)
+    modules = dict(cut_network.named_modules())
+    targets = {name: kept[name] for name in _with_lost_inputs(couplings, plan) if _can_fit(modules[name])}
+    dense.to(device).eval()
+    cut_network.to(device).eval()
+    batches = (images.to(device) for images, _ in split.batches(batch_size, preprocessing))
+    images, responses = _dense_responses(dense, targets, batches, on_images)
+    norms = _norms_after(dense, list(responses), images[:1])
+    fits: list[LayerRefit] = []
+    handles = [
+        modules[name].register_forward_pre_hook(
+            _fit_hook(name, response, modules[norms[name]] if name in norms else None, fits)
+        )
+        for name, response in responses.items()
+    ]
+    try:
+        cut_network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if on_images is not None:
+        on_images(len(images))
+    return tuple(fits)
+
+
+def _removed(piece_index: Sequence[int], roots: Sequence[int], gone: set[int]) -> set[int]:
+    return {i for i, root in zip(piece_index, roots, strict=True) if root in gone}
+
+
+def _slices(couplings: Sequence[Coupling], plan: Plan) -> Iterator[tuple[Any, set[int]]]:
+    """Yield every layer slice of the plan's groups with the channels that it loses."""
+    by_name = {coupling.group.name: coupling for coupling in couplings}
+    for group in plan.groups:
+        for piece in by_name[group.name].slices:
+            yield piece, _removed(piece.index, piece.root, set(group.removed))
+
+
+def _with_lost_inputs(couplings: Sequence[Coupling], plan: Plan) -> list[str]:
+    names = {piece.layer for piece, lost in _slices(couplings, plan) if piece.role == "in" and lost}
+    return sorted(names)
+
+
+def _kept_outputs(dense: nn.Module, couplings: Sequence[Coupling], plan: Plan) -> dict[str, torch.Tensor]:
+    """Return per layer which outputs (indices) of the dense network the cut one still has."""
+    lost: dict[str, set[int]] = {}
+    for piece, channels in _slices(couplings, plan):
+        if piece.role == "out":
+            lost.setdefault(piece.layer, set()).update(channels)
+    return {
+        name: torch.tensor([i for i in range(len(module.weight)) if i not in lost.get(name, ())])
+        for name, module in dense.named_modules()
+        if isinstance(module, LAYER_TYPES)
+    }
+
+
+def _can_fit(module: nn.Module) -> bool:
+    # a subclass may pad or standardise its weights by itself
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear
+
+
+def _dense_responses(
+    dense: nn.Module,
+    targets: Mapping[str, torch.Tensor],
+    batches: Iterable[torch.Tensor],
+    on_images: Callable[[int], None] | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Run the dense network; return the images that were used and each target's kept outputs for them."""
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in targets}
+    calls: dict[str, int] = {}
+    modules = dict(dense.named_modules())
+
+    def keep(name: str) -> Callable[..., None]:
+        index = targets[name].to(next(dense.parameters()).device)
+
+        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            dim = 1 if isinstance(modules[name], nn.Conv2d) else output.ndim - 1
+            parts[name].append(output.index_select(dim, index))
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in targets]
+    used: list[torch.Tensor] = []
+    try:
+        for batch in batches:
+            used.append(batch)
+            dense(batch)
+            if on_images is not None:
+                on_images(len(batch))
+            stored = sum(p.nbytes for values in parts.values() for p in values)
+            if stored * (1 + 1 / len(used)) > RESPONSE_BYTES:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = [name for name, values in parts.items() if len(values) == len(used)]
+    return torch.cat(used), {name: torch.cat(parts[name]) for name in once}
+
+
+def _norms_after(dense: nn.Module, layers: Sequence[str], image: torch.Tensor) -> dict[str, str]:
+    """Return per layer the BN that reads its very output, found by running one image."""
+    made: dict[int, str] = {}
+    outputs: list[torch.Tensor] = []  # held, so that no other tensor gets their identity
+    found: dict[str, str] = {}
+    modules = dict(dense.named_modules())
+
+    def after_layer(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            outputs.append(output)
+            made[id(output)] = name
+
+        return hook
+
+    def before_norm(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if id(inputs[0]) in made:
+                found[made[id(inputs[0])]] = name
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(after_layer(name)) for name in layers]
+    handles += [
+        module.register_forward_pre_hook(before_norm(name))
+        for name, module in modules.items()
+        if isinstance(module, NORM_TYPES) and module.running_mean is not None
+    ]
+    try:
+        dense(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _fit_hook(
+    name: str, response: torch.Tensor, norm: nn.Module | None, fits: list[LayerRefit]
+) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, LAYER_TYPES)
+        fits.append(_fit(name, module, inputs[0], response, norm))
+
+    return hook
+
+
+def _fit(
+    name: str,
+    module: nn.Conv2d | nn.Linear,
+    features: torch.Tensor,
+    response: torch.Tensor,
+    norm: nn.Module | None,
+) -> LayerRefit:
+    """Fit one layer to the dense responses; its weights change where the held-out error falls."""
+    weight = module.weight.flatten(1).double().T  # (I, O)
+    outputs = weight.shape[1]
+    bias = weight.new_zeros(outputs) if module.bias is None else module.bias.double()
+    current = torch.cat([weight, bias[None]])
+    moments = [_Moments.zeros(len(current), outputs, weight.device) for _ in range(2)]
+    held_out = torch.arange(len(features), device=features.device) % HELD_OUT == HELD_OUT - 1
+    for part, chosen in zip(moments, (~held_out, held_out), strict=True):
+        for rows, target in _rows(module, features[chosen], response[chosen]):
+            part.add(rows, target)
+    fitting, checking = moments
+    if norm is not None:  # what BN recalibration does for any weights
+        current[-1] += (fitting.xy[-1] - fitting.xx[-1] @ current) / fitting.rows
+    new = current + _step(fitting, current, constant=module.bias is not None or norm is not None)
+    before, after = checking.error(current), checking.error(new)
+    kept = bool(torch.isfinite(new).all()) and after < before
+    best = new if kept else current
+    module.weight.copy_(best[:-1].T.reshape(module.weight.shape))
+    if norm is not None:
+        mean = norm.running_mean
+        assert isinstance(mean, torch.Tensor)
+        mean.sub_((best[-1] - bias).to(mean))
+    elif module.bias is not None:
+        module.bias.copy_(best[-1])
+    return LayerRefit(layer=name, error_before=before, error_after=after, kept=kept)
+
+
+def _step(moments: _Moments, current: torch.Tensor, *, constant: bool) -> torch.Tensor:
+    """Return the change (I, O) of the weights; without a constant the last row stays 0."""
+    free = len(current) if constant else len(current) - 1
+    gram, residual = moments.xx[:free, :free], (moments.xy - moments.xx @ current)[:free]
+    penalty = torch.ones(free, dtype=gram.dtype, device=gram.device)
+    if constant:
+        penalty[-1] = 0
+    ridge = RIDGE * gram.diagonal()[: len(current) - 1].mean().clamp_min(1e-12) * penalty
+    step = torch.zeros_like(current)
+    step[:free] = torch.linalg.solve(gram + torch.diag(ridge), residual)
+    return step
+
+
+def _rows(
+    module: nn.Conv2d | nn.Linear, features: torch.Tensor, response: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the inputs (R, I) and dense responses (R, O) of a layer, some images at a time."""
+    if isinstance(module, nn.Linear):
+        rows = features.reshape(-1, features.shape[-1])
+        yield _with_one(rows), response.reshape(len(rows), -1)
+        return
+    positions = response.shape[2] * response.shape[3]
+    inputs = module.weight[0].numel()
+    step = max(1, PATCH_ELEMENTS // (positions * inputs))
+    for part, target in zip(torch.split(features, step), torch.split(response, step), strict=True):
+        patches = functional.unfold(
+            part,
+            module.kernel_size,
+            dilation=module.dilation,
+            padding=module.padding,  # type: ignore[arg-type]
+            stride=module.stride,
+        )
+        yield _with_one(patches.transpose(1, 2).reshape(-1, inputs)), target.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _with_one(rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)

@@ -1,0 +1,231 @@
+"""Repair by least squares: against lstsq, where nothing need be lost, and where it must refuse."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from se_prune.channels import couplings
+from se_prune.data.batches import TensorImages
+from se_prune.errors import DataError
+from se_prune.gates.sites import find_sites
+from se_prune.records import Budget, GroupPlan, Plan, Preprocessing
+from se_prune.surgery import refit as module_under_test
+from se_prune.surgery.cut import cut
+from se_prune.surgery.refit import refit
+from tests.built import built, random_plan
+
+CPU = torch.device("cpu")
+PREPROCESSING = Preprocessing(input_size=(2, 6, 6), mean=(0.5, 0.5), std=(0.25, 0.25))
+
+
+class Plain(nn.Module):
+    """Two convolutions and a linear layer; `bn` puts a BN after the second, which then has no bias."""
+
+    def __init__(self, *, bn=False):
+        super().__init__()
+        self.a = nn.Conv2d(2, 6, 3)
+        self.b = nn.Conv2d(6, 5, 3, padding=1, stride=2, bias=not bn)
+        self.norm = nn.BatchNorm2d(5) if bn else nn.Identity()
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.norm(self.b(self.a(x).relu())).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """A convolution that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(self.b(self.b(self.a(x).relu()).relu()).mean((2, 3)))
+
+
+def images(n=60, seed=4):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (n, 2, 6, 6), dtype=torch.uint8, generator=generator)
+    return TensorImages(images=pixels, labels=torch.zeros(n, dtype=torch.long))
+
+
+def batch(split):
+    return next(iter(split.batches(len(split), PREPROCESSING)))[0]
+
+
+def without(model, removed):
+    """Return the couplings, the plan that removes channels of layer `a`, and the cut network."""
+    example = torch.zeros(1, 2, 6, 6)
+    found = couplings(model, example, find_sites(model, example))
+    groups = tuple(
+        GroupPlan(
+            name=c.group.name,
+            kind=c.group.kind,
+            channels=c.group.channels,
+            removed=removed if "a" in c.layers("out") else (),
+        )
+        for c in found
+    )
+    plan = Plan(
+        criterion="random",
+        budget=Budget(kind="sparsity", value=0.3),
+        round_to=1,
+        min_channels=1,
+        groups=groups,
+        macs_before=1,
+        macs_after=1,
+        params_before=1,
+        params_after=1,
+    )
+    return found, plan, cut(model, example, plan)
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+@pytest.fixture
+def normed():
+    torch.manual_seed(0)
+    model = Plain(bn=True)
+    with torch.no_grad():
+        model(batch(images()))
+    return model.eval()
+
+
+def run(model, removed, split, **options):
+    found, plan, small = without(model, removed)
+    before = copy.deepcopy(small)
+    fits = refit(model, small, found, plan, split=split, preprocessing=PREPROCESSING, device=CPU, **options)
+    return before, small, fits
+
+
+def test_a_channel_that_others_can_stand_for_costs_nothing(plain, monkeypatch):
+    monkeypatch.setattr(module_under_test, "RIDGE", 1e-9)
+    with torch.no_grad():  # channel 5 is half of channel 2
+        plain.a.weight[5], plain.a.bias[5] = plain.a.weight[2] / 2, plain.a.bias[2] / 2
+    before, after, fits = run(plain, (5,), images())
+    x = batch(images(20, seed=9))
+    wanted = plain(x)
+    assert (before(x) - wanted).abs().max() > 1e-2
+    torch.testing.assert_close(after(x), wanted, rtol=0, atol=1e-4)
+    assert [fit.layer for fit in fits] == ["b"]
+    assert fits[0].error_after < 1e-8 < fits[0].error_before
+
+
+@torch.no_grad()
+def test_the_fit_is_that_of_lstsq(plain, monkeypatch):
+    monkeypatch.setattr(module_under_test, "RIDGE", 1e-12)
+    split = images()
+    _, after, fits = run(plain, (0, 3), split)
+    x, fitting = batch(split), torch.arange(60) % 5 != 4
+    kept = [1, 2, 4, 5]
+    inputs = plain.a(x).relu()
+    patches = nn.functional.unfold(inputs[:, kept], 3, padding=1, stride=2)
+    target = plain.b(inputs).flatten(2)
+
+    def rows(chosen):
+        read = patches[chosen].transpose(1, 2).flatten(0, 1).double()
+        return torch.cat([read, torch.ones(len(read), 1)], 1), target[chosen].transpose(1, 2).flatten(
+            0, 1
+        ).double()
+
+    solution = torch.linalg.lstsq(*rows(fitting)).solution
+    torch.testing.assert_close(after.b.weight.flatten(1).double().T, solution[:-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(after.b.bias.double(), solution[-1], rtol=0, atol=1e-5)
+    read, wanted = rows(~fitting)
+    error = (read @ solution - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert fits[0].error_after == pytest.approx(float(error), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_bn_takes_the_constant(normed, monkeypatch):
+    monkeypatch.setattr(module_under_test, "RIDGE", 1e-12)
+    before, after, fits = run(normed, (0, 3), images())
+    assert fits[0].kept
+    assert not torch.equal(after.norm.running_mean, before.norm.running_mean)
+    x = batch(images())[torch.arange(60) % 5 != 4]
+    wanted = normed.norm(normed.b(normed.a(x).relu()))
+    made = after.norm(after.b(after.a(x).relu()))
+    # with a constant among the inputs the residual has mean 0
+    torch.testing.assert_close(made.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["plain", "normed"])
+def test_a_fit_that_does_not_carry_over_is_refused(model, request):
+    """Images that are fitted are dark but for one pixel; those held out are noise."""
+    dense = request.getfixturevalue(model)
+    split = images(10)
+    split.images[torch.arange(10) % 5 != 4] //= 64
+    split.images[torch.arange(10) % 5 != 4, :, 2, 2] = 255
+    before, after, fits = run(dense, (0, 3), split)
+    refused = [fit for fit in fits if not fit.kept]
+    assert [fit.layer for fit in refused] == ["b"]
+    assert refused[0].error_after >= refused[0].error_before
+    assert torch.equal(after.b.weight, before.b.weight)
+
+
+def test_layers_that_lost_no_input_and_the_dense_network_stay(plain):
+    kept = copy.deepcopy(plain.state_dict())
+    before, after, fits = run(plain, (1,), images())
+    assert {fit.layer for fit in fits} == {"b"}
+    assert torch.equal(after.a.weight, before.a.weight)
+    assert torch.equal(after.fc.weight, before.fc.weight)
+    assert all(torch.equal(value, kept[name]) for name, value in plain.state_dict().items())
+
+
+def test_a_module_that_runs_twice_keeps_its_weights():
+    torch.manual_seed(0)
+    before, after, fits = run(Twice().eval(), (1, 4), images())
+    assert all(fit.layer != "b" for fit in fits)
+    assert torch.equal(after.b.weight, before.b.weight)
+
+
+def test_the_batch_size_and_the_chunks_do_not_matter(plain, monkeypatch):
+    _, whole, _ = run(plain, (0, 3), images())
+    monkeypatch.setattr(module_under_test, "PATCH_ELEMENTS", 1)
+    _, parts, _ = run(plain, (0, 3), images(), batch_size=7)
+    torch.testing.assert_close(parts.b.weight, whole.b.weight, rtol=0, atol=1e-5)
+
+
+def test_fewer_images_where_responses_would_take_too_much(plain, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module_under_test, "RESPONSE_BYTES", 3 * 10 * 5 * 4 * 4)  # three batches of layer b
+    run(plain, (0, 3), images(), batch_size=10, on_images=seen.append)
+    assert sum(seen) == 2 * 30
+
+
+def test_too_few_images(plain):
+    with pytest.raises(DataError, match="needs 5 images"):
+        run(plain, (0,), images(4))
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_held_out_errors_never_rise(name, sparsity):
+    network = built(name)
+    plan = random_plan(network, "sparsity", sparsity)
+    small = cut(network.model, network.example, plan)
+    generator = torch.Generator().manual_seed(3)
+    shape = (100, *network.preprocessing.input_size)
+    split = TensorImages(
+        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        labels=torch.zeros(100, dtype=torch.long),
+    )
+    fits = refit(
+        network.model,
+        small,
+        network.couplings,
+        plan,
+        split=split,
+        preprocessing=network.preprocessing,
+        device=CPU,
+    )
+    assert fits
+    assert all(fit.error_after < fit.error_before for fit in fits if fit.kept)
+    assert any(fit.kept for fit in fits)
