@@ -26,3 +26,8 @@ def choose_device(name: str = "auto") -> torch.device:
             f"--device {name} cannot be used here ({reason}); use auto, cuda, mps or cpu."
         ) from error
     return device
+
+
+def inference_batch(device: torch.device) -> int:
+    """Return how many images to run at once: small batches stay in a CPU's cache, large ones fill a GPU."""
+    return 64 if device.type == "cpu" else 256

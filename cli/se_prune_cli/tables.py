@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from se_prune import text
 
 if TYPE_CHECKING:
-    from se_prune.records import Cost, Evaluation, Plan, SiteSummary
+    from se_prune.records import Cost, Evaluation, LayerRefit, Plan, SiteSummary
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -64,3 +65,15 @@ def site_rows(sites: Sequence[SiteSummary]) -> Table:
         ]
         for s in sites
     ]
+
+
+def refit_line(refits: Sequence[LayerRefit]) -> str:
+    """Return one sentence on the least-squares repair."""
+    before, after = (
+        statistics.median(getattr(fit, name) for fit in refits) for name in ("error_before", "error_after")
+    )
+    return (
+        f"least squares: {sum(fit.kept for fit in refits)} of {len(refits)} layers that lost inputs re-fitted; "
+        f"median error "
+        f"{text.percent(before, 1)} → {text.percent(after, 1)} of the responses' variance on held-out images"
+    )

@@ -17,6 +17,7 @@ from se_prune.channels import layer_costs
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
+from se_prune.device import inference_batch
 from se_prune.evaluate import evaluate
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics
@@ -41,6 +42,7 @@ from se_prune.records import (
     Evaluation,
     GateSite,
     HistoryEntry,
+    LayerRefit,
     Plan,
     RepairMode,
     TrainSettings,
@@ -55,6 +57,8 @@ from se_prune.training import fit
 from se_prune.training.loop import StepLog
 from se_prune.zoo import registry
 
+#: Images that least squares is fitted on; BN statistics take all that are measured.
+REFIT_IMAGES = 1024
 #: Images on which a cut network is compared with its masked twin.
 PROOF_IMAGES = 8
 
@@ -70,6 +74,7 @@ class Applied:
     cut: nn.Module
     network: Network
     repair_seconds: float
+    refits: tuple[LayerRefit, ...] = ()
 
 
 def plan(
@@ -170,9 +175,10 @@ def apply_plan(
         after = count_cost(module, network.header.preprocessing, sites)
     repaired = artifact.clone(module)
     done: dict[str, Any] = {}
+    refits: tuple[LayerRefit, ...] = ()
     started = time.perf_counter()
     if data is not None and repair != "none":
-        done = _repair(
+        done, refits = _repair(
             network,
             repaired,
             found,
@@ -209,6 +215,7 @@ def apply_plan(
         cut=module,
         network=Network(module=repaired, header=header),
         repair_seconds=time.perf_counter() - started,
+        refits=refits,
     )
 
 
@@ -222,18 +229,20 @@ def _repair(
     subset: Split,
     device: torch.device,
     show: Reporter,
-) -> dict[str, Any]:
-    """Repair a cut module in place; return what was done, for the history."""
+) -> tuple[dict[str, Any], tuple[LayerRefit, ...]]:
+    """Repair a cut module in place; return what was done, for the history, and the layers' fits."""
     preprocessing = dense.header.preprocessing
     done: dict[str, Any] = {"images": len(subset)}
+    fits: tuple[LayerRefit, ...] = ()
     if mode == "refit":
-        with show.stage("repair: least squares", 2 * len(subset)) as update:
+        fitted = balanced_subset(subset, REFIT_IMAGES, 0)
+        with show.stage("repair: least squares", 2 * len(fitted)) as update:
             fits = refit(
                 dense.module,
                 module,
                 found.couplings,
                 chosen,
-                split=subset,
+                split=fitted,
                 preprocessing=preprocessing,
                 device=device,
                 on_images=update,
@@ -245,7 +254,7 @@ def _repair(
             module, subset, preprocessing, device=device, on_batch=update
         )
     module.cpu()
-    return done
+    return done, fits
 
 
 def _proof_images(network: Network, data: DataSource | None, seed: int) -> torch.Tensor:
@@ -364,6 +373,7 @@ def assess(
             network.header.preprocessing,
             device=device,
             classes=data.classes,
+            batch_size=inference_batch(device),
             on_batch=update,
         )
     network.module.cpu()

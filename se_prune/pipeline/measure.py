@@ -15,6 +15,7 @@ from se_prune.channels import couplings
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
+from se_prune.device import inference_batch
 from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.sites import find_sites
@@ -149,7 +150,7 @@ def analyze(
             network.header.preprocessing,
             classes=data.classes,
             device=device,
-            batch_size=BATCH,
+            batch_size=inference_batch(device),
             on_batch=update,
         )
     statistics.energies = channel_energies(network, data, split, device=device, seed=seed, reporter=reporter)
@@ -174,7 +175,7 @@ def channel_energies(
             network.header.preprocessing,
             classes=len(data.classes),
             device=device,
-            batch_size=BATCH,
+            batch_size=inference_batch(device),
             on_batch=update,
         )
     network.module.cpu()

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from se_prune.data.batches import TensorImages
 from se_prune.errors import DataError, SePruneError
 from se_prune.files import make_folder
 from se_prune.records import Preprocessing, TrainSettings, record, to_json
 from se_prune.training.optim import build_optimizer, learning_rate
 from se_prune.training.state import load_state, save_state
+from se_prune.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from se_prune.data import Split
@@ -46,7 +48,7 @@ class TrainResult:
 @dataclass(slots=True)
 class _Run:
     model: nn.Module
-    teacher: nn.Module | None
+    teacher: Teacher | None
     settings: TrainSettings
     device: torch.device
     amp: torch.dtype | None
@@ -121,8 +123,12 @@ def fit(
     if resume is not None:
         make_folder(resume)
         done = load_state(resume, fingerprint, modules, optimizer)
+    asked = None if teacher is None else Teacher(teacher, layout)
+    plain = device.type == "cpu" and amp_dtype(settings, device) is None
+    if asked is not None and plain and isinstance(split, TensorImages):
+        asked.prepare(split, settings, preprocessing)
     forward = torch.compile(model) if settings.compile else model
-    run = _Run(model, teacher, settings, device, amp_dtype(settings, device), forward)  # type: ignore[arg-type]
+    run = _Run(model, asked, settings, device, amp_dtype(settings, device), forward)  # type: ignore[arg-type]
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
     result = TrainResult(steps=done, loss=float("nan"), train_top1=float("nan"))
     for epoch in range(done // steps_per_epoch, settings.epochs):
@@ -176,8 +182,7 @@ def _step(
         logits = run.forward(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
         if run.teacher is not None:
-            with torch.no_grad():
-                target = run.teacher(images)
+            target = run.teacher(images)
             soft = distillation_loss(logits.float(), target.float(), settings.distill_temperature)
             loss = (1 - settings.distill_weight) * loss + settings.distill_weight * soft
     optimizer.zero_grad(set_to_none=True)

@@ -106,6 +106,8 @@ def test_apply(applied):
     assert applied["after"]["macs"] <= 0.5 * applied["before"]["macs"]
     assert applied["max_abs_diff_masked"] < 1e-9
     assert applied["channels_removed"] > 0
+    assert any(fit["kept"] for fit in applied["refit"])
+    assert all(fit["error_after"] < fit["error_before"] for fit in applied["refit"] if fit["kept"])
     cut = document("inspect cut.safetensors")  # the file opens by itself, and costs what was said
     assert {key: cut["cost"][key] for key in ("params", "macs")} == applied["after"]
 

@@ -21,6 +21,7 @@ from se_prune.training import fit
 from se_prune.training.loop import amp_dtype, distillation_loss
 from se_prune.training.optim import build_optimizer, learning_rate
 from se_prune.training.state import STATE_FILE, load_state, save_state
+from se_prune.training.teacher import Teacher
 from tests.nets import DEPTHWISE, DepthwiseSE, ResidualSE
 from tests.tiny import GREY, stripes
 
@@ -533,3 +534,60 @@ def test_cuda_and_cpu_agree():
     assert cuda.loss == pytest.approx(cpu.loss, rel=1e-3)
     agreement = sum(a == b for a, b in zip(cpu.predictions, cuda.predictions, strict=True))
     assert agreement >= 297
+
+
+# The teacher, asked beforehand.
+
+
+class Counted(nn.Module):
+    """Counts the images that it is asked about."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.asked = model, 0
+
+    def forward(self, x):
+        self.asked += len(x)
+        return self.model(x)
+
+
+MIRRORED = replace(QUICK, epochs=5, flip=0.5, distill_weight=1.0)
+
+
+def test_a_teacher_is_asked_once_per_form_of_an_image():
+    teacher = Counted(net(3))
+    train(net(), MIRRORED, teacher=teacher)
+    assert teacher.asked == 2 * 96
+
+
+@pytest.mark.parametrize("change", [{"crop_padding": 1}, {"erase": 0.5}, {"epochs": 2}, {"amp": "bf16"}])
+def test_a_teacher_is_asked_each_time_where_answers_do_not_repeat(change):
+    teacher, settings = Counted(net(3)), replace(MIRRORED, **change)
+    train(net(), settings, teacher=teacher)
+    assert teacher.asked == settings.epochs * 96
+
+
+def test_known_answers_are_the_networks_own(monkeypatch):
+    known, each_time = net(), net()
+    train(known, MIRRORED, teacher=net(3))
+    monkeypatch.setattr(Teacher, "prepare", lambda *_: None)
+    train(each_time, MIRRORED, teacher=net(3))
+    for name, value in known.state_dict().items():
+        torch.testing.assert_close(value, each_time.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_known_answers_goes_on_bit_for_bit(tmp_path):
+    whole, resumed = net(), net()
+    train(whole, MIRRORED, teacher=net(3))
+    stopped(net(), MIRRORED, tmp_path, 2, teacher=net(3))
+    train(resumed, MIRRORED, teacher=net(3), resume=tmp_path)
+    assert same(whole, resumed)
+
+
+def test_an_unknown_image_is_asked_about():
+    teacher, split = Counted(net(3).eval()), stripes(96)
+    known = Teacher(teacher, torch.contiguous_format)
+    known.prepare(split, MIRRORED, GREY)
+    before, other = teacher.asked, torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(known(other), teacher.model(other))
+    assert teacher.asked == before + 4

@@ -24,7 +24,7 @@ from se_prune_cli.output import (
     model_options,
     preprocessing_line,
 )
-from se_prune_cli.tables import costs, plan_rows
+from se_prune_cli.tables import costs, plan_rows, refit_line
 
 
 def command(
@@ -114,6 +114,8 @@ def command(
     out.table("channels", *plan_rows(plan))
     out.table("cost of one image", *costs(applied.before, applied.after))
     out.say(f"equals its masked twin: largest difference {applied.max_abs_diff_masked:.1e} in float64")
+    if applied.refits:
+        out.say(refit_line(applied.refits))
     if not dry_run and output is not None:
         artifact.save(output, applied.network)
         out.say(f"pruned network: {output}")
@@ -122,6 +124,7 @@ def command(
             "before": {"params": applied.before.params, "macs": applied.before.macs},
             "after": {"params": applied.after.params, "macs": applied.after.macs},
             "max_abs_diff_masked": applied.max_abs_diff_masked,
+            "refit": [to_dict(fit) for fit in applied.refits],
             "channels_removed": plan.channels_removed,
             "sites_folded": 0,
             "output": None if dry_run else str(output),
