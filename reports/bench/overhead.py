@@ -10,12 +10,12 @@ import torch
 from reports.bench.common import NETWORKS, bundled, markdown_table, write_report
 from se_prune.data import open_data
 from se_prune.data.source import balanced_subset
-from se_prune.device import choose_device, inference_batch
+from se_prune.device import choose_device
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import collect
 from se_prune.pipeline import example_input
 
-IMAGES, ROUNDS = 4096, 15
+IMAGES, ROUNDS, BATCH = 4096, 15, 256
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
 
         @torch.no_grad()
         def plain(network=network, preprocessing=preprocessing) -> None:  # type: ignore[no-untyped-def]
-            for images, _ in split.batches(inference_batch(device), preprocessing):
+            for images, _ in split.batches(BATCH, preprocessing):
                 network.module(images.to(device))
 
         def measured(network=network, preprocessing=preprocessing, sites=sites) -> None:  # type: ignore[no-untyped-def]
@@ -41,7 +41,7 @@ def main() -> None:
                 preprocessing,
                 classes=data.classes,
                 device=device,
-                batch_size=inference_batch(device),
+                batch_size=BATCH,
             )
 
         ratios = []

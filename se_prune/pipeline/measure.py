@@ -15,7 +15,6 @@ from se_prune.channels import couplings
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
-from se_prune.device import inference_batch
 from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.sites import find_sites
@@ -24,6 +23,7 @@ from se_prune.records import Cost, Coupling, GateSite, Inspection, Preprocessing
 
 #: Training images that scores and repair look at, unless told otherwise.
 MEASURED_IMAGES = 2048
+#: Images per pass; with fewer, summing what the gates do takes a larger share of it (reports/overhead.md).
 BATCH = 256
 
 
@@ -150,7 +150,7 @@ def analyze(
             network.header.preprocessing,
             classes=data.classes,
             device=device,
-            batch_size=inference_batch(device),
+            batch_size=BATCH,
             on_batch=update,
         )
     statistics.energies = channel_energies(network, data, split, device=device, seed=seed, reporter=reporter)
@@ -175,7 +175,7 @@ def channel_energies(
             network.header.preprocessing,
             classes=len(data.classes),
             device=device,
-            batch_size=inference_batch(device),
+            batch_size=BATCH,
             on_batch=update,
         )
     network.module.cpu()
