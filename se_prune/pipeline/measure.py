@@ -23,7 +23,7 @@ from se_prune.records import Cost, Coupling, GateSite, Inspection, Preprocessing
 
 #: Training images that scores and repair look at, unless told otherwise.
 MEASURED_IMAGES = 2048
-#: Images per pass; with fewer, summing what the gates do takes a larger share of it (reports/overhead.md).
+#: Images per pass; with fewer, summing what the gates do takes a larger share of the time.
 BATCH = 256
 
 
