@@ -61,7 +61,37 @@ def make_plan(
         UsageError: The budget or an option is out of range.
         BudgetError: The floors do not allow the budget; the message says what is reachable.
     """
-    check_budget(budget, round_to, min_channels)
+    problem, target = _reachable(couplings, costs, budget, round_to, min_channels)
+    kept = _fill(problem, budget, target, _descend(problem, budget, target, scores), scores)
+    return _plan(problem, scores, budget, kept, round_to=round_to, min_channels=min_channels)
+
+
+def check_budget(
+    couplings: Sequence[Coupling],
+    costs: Mapping[str, LayerCost],
+    budget: Budget,
+    *,
+    round_to: int = 1,
+    min_channels: int = 2,
+) -> None:
+    """Check, before anything is measured, that `make_plan` can meet a budget; arguments and errors are its own.
+
+    Raises:
+        UsageError: The budget or an option is out of range.
+        BudgetError: The floors do not allow the budget; the message says what is reachable.
+    """
+    _reachable(couplings, costs, budget, round_to, min_channels)
+
+
+def _reachable(
+    couplings: Sequence[Coupling],
+    costs: Mapping[str, LayerCost],
+    budget: Budget,
+    round_to: int,
+    min_channels: int,
+) -> tuple[_Problem, float]:
+    """Return the problem and what may be left of its measure."""
+    check_ranges(budget, round_to, min_channels)
     problem = _problem(couplings, costs, round_to, min_channels)
     if all(c.group.kind == "hidden" for c in problem.couplings):
         raise BudgetError(f"--{budget.kind} {budget.value:g} cannot be met: no channel group can be cut.")
@@ -71,12 +101,11 @@ def make_plan(
     if _measure(problem, budget, smallest) > target:
         reach = _measure(problem, budget, smallest) / _measure(problem, budget, full)
         raise BudgetError(_unreachable(budget, reach, round_to, min_channels))
-    kept = _fill(problem, budget, target, _descend(problem, budget, target, scores), scores)
-    return _plan(problem, scores, budget, kept, round_to=round_to, min_channels=min_channels)
+    return problem, target
 
 
-def check_budget(budget: Budget, round_to: int, min_channels: int) -> None:
-    """Check what can be checked before anything is measured.
+def check_ranges(budget: Budget, round_to: int, min_channels: int) -> None:
+    """Check what can be checked before the network is opened.
 
     Raises:
         UsageError: The budget or an option is out of range.

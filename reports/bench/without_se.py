@@ -1,4 +1,4 @@
-"""The bundled networks beside the same networks without SE blocks, trained alike (on all 60,000 images).
+"""The bundled networks beside the same networks without SE blocks, trained alike.
 
 The networks without SE are not bundled; `runs/without-se/` holds them after the commands that this study names.
 """
@@ -57,6 +57,9 @@ def main() -> None:
             table.append(
                 [
                     row["network"],
+                    f"{row['images']:,}",
+                    str(row["epochs"]),
+                    str(row["seed"]),
                     f"{cost.params:,}",
                     f"{cost.macs / 1e6:.1f} M",
                     f"{100 * result.top1:.2f} %",
@@ -68,11 +71,21 @@ def main() -> None:
         table[-2].append("")
     body = "# The bundled networks and the same without SE\n\n"
     body += (
-        "Trained alike: same recipe, seed, 32 epochs, all 60,000 training images; accuracy on the 10,000 test images. "
+        f"Trained alike, by the same recipe; accuracy on the {len(data.test):,} test images. "
         "Points: without SE minus with SE, exact McNemar test. One seed each: the difference between seeds is not "
         "known here.\n\n"
     )
-    columns = ["network", "parameters", "MACs", "top-1", "95 % interval", "points"]
+    columns = [
+        "network",
+        "training images",
+        "epochs",
+        "seed",
+        "parameters",
+        "MACs",
+        "top-1",
+        "95 % interval",
+        "points",
+    ]
     body += markdown_table(columns, table)
     body += "\nThe networks without SE:\n\n" + "".join(f"- `{command(name)}`\n" for name in NETWORKS)
     write_report("without_se", "python -m reports.bench without_se", body, rows)

@@ -170,3 +170,17 @@ def trace(model: nn.Module, example: torch.Tensor) -> Trace:
         for module in was_training:
             module.training = True
     return result
+
+
+def norms_after(record: Trace) -> dict[str, str]:
+    """Return, per layer whose output a BN reads and nothing else does, that BN."""
+    readers: dict[int, list[Node]] = {}
+    for node in record.nodes:
+        for index in set(node.inputs):
+            readers.setdefault(index, []).append(node)
+    return {
+        layer: read[0].layers[0]
+        for index, read in readers.items()
+        if len(read) == 1 and "batch_norm" in read[0].op and read[0].layers
+        for layer in record.nodes[index].layers
+    }

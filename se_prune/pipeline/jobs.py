@@ -99,7 +99,8 @@ def plan(
         BudgetError: The budget cannot be met.
     """
     needs = find(criterion).needs
-    check_budget(budget, round_to, min_channels)
+    costs = layer_costs(network.module, found.cost.per_layer)
+    check_budget(found.couplings, costs, budget, round_to=round_to, min_channels=min_channels)
     if statistics is not None:
         require_statistics(network, found, statistics)
     energies = None if statistics is None else statistics.energies
@@ -131,7 +132,7 @@ def plan(
     network.module.cpu()
     return make_plan(
         found.couplings,
-        layer_costs(network.module, found.cost.per_layer),
+        costs,
         scores,
         budget,
         round_to=round_to,
@@ -248,7 +249,7 @@ def _repair(
                 on_images=update,
             )
         dense.module.cpu()
-        done["refit"] = [to_dict(fit) for fit in fits]
+        done |= {"refit_images": len(fitted), "refit": [to_dict(fit) for fit in fits]}
     with show.stage("repair: BN statistics", len(subset)) as update:
         done["bn_recalibrated"] = recalibrate_bn(
             module, subset, preprocessing, device=device, on_batch=update

@@ -13,6 +13,7 @@ import torch
 
 from se_prune import __version__, artifact
 from se_prune.artifact import Network
+from se_prune.channels import layer_costs
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of, measure_latency, torch_runner
 from se_prune.data import DataSource, open_data
@@ -25,7 +26,7 @@ from se_prune.files import make_folder, write_text
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
 from se_prune.pipeline import jobs, measure
-from se_prune.planning import check_budget
+from se_prune.planning import check_budget, check_ranges
 from se_prune.recipe import RunRecipe, budget_of
 from se_prune.records import Evaluation, Exported, Latency, Run, StageResult, to_json
 from se_prune.report import write_report
@@ -73,15 +74,17 @@ def run_recipe(
     """
     show = reporter or measure.Silent()
     budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params)
-    check_budget(budget, recipe.apply.round_to, recipe.apply.min_channels)
+    widths = {"round_to": recipe.apply.round_to, "min_channels": recipe.apply.min_channels}
+    check_ranges(budget, **widths)
     find(recipe.apply.criterion)
     for name in recipe.export:
         require_target(name)
-    make_folder(folder)
     target = choose_device(device)
     data = open_data(recipe.data)
     dense = open_model(recipe.model.ref, arch=recipe.model.arch, pretrained=recipe.model.pretrained)
     found = measure.structure(dense)
+    check_budget(found.couplings, layer_costs(dense.module, found.cost.per_layer), budget, **widths)
+    make_folder(folder)
     stages: list[StageResult] = []
 
     def evaluated(stage: str, network: Network, seconds: float) -> Evaluation:
@@ -103,8 +106,7 @@ def run_recipe(
         device=target,
         data=data,
         statistics=statistics,
-        round_to=recipe.apply.round_to,
-        min_channels=recipe.apply.min_channels,
+        **widths,
         seed=recipe.seed,
         reporter=show,
     )

@@ -18,7 +18,7 @@ from torch import nn
 from se_prune.artifact import CONV_TYPES, NORM_TYPES
 from se_prune.gates.energies import ChannelEnergies
 from se_prune.gates.statistics import Statistics
-from se_prune.gates.trace import trace
+from se_prune.gates.trace import norms_after, trace
 from se_prune.records import Coupling, GateSite
 from se_prune.scoring.registry import Evidence, criterion
 
@@ -48,13 +48,6 @@ def excitation(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tupl
 
 
 def _describe(evidence: Evidence, statistics: Statistics | None, energies: ChannelEnergies) -> _Network:
-    record = trace(evidence.model, evidence.example)
-    norm_after = {}
-    for node in record.nodes:
-        if "batch_norm" in node.op and node.layers:
-            for index in node.inputs:
-                for layer in record.nodes[index].layers:
-                    norm_after[layer] = node.layers[0]
     gates = {name for s in evidence.sites for name in (s.reduce, s.expand)}
     modules = dict(evidence.model.named_modules())
     reader_of: dict[str, str] = {}
@@ -65,7 +58,7 @@ def _describe(evidence: Evidence, statistics: Statistics | None, energies: Chann
             reader_of |= dict.fromkeys(coupling.layers("out"), readers[-1])
     return _Network(
         modules=modules,
-        norm_after=norm_after,
+        norm_after=norms_after(trace(evidence.model, evidence.example)),
         site_of={s.features: s for s in evidence.sites if s.features is not None},
         reader_of=reader_of,
         statistics=statistics,

@@ -2,9 +2,10 @@
 
 Shapes: N images, I inputs of a layer (input channels × kernel positions, and 1 for the bias), O outputs. For a layer
 with kept inputs x and the dense network's pre-activation y of its kept outputs, the new weights minimise
-E‖x·W − y‖² + λ·‖W − W_cut‖² in closed form from the Gram matrix of x (I, I), summed in float64. A layer that a BN
-follows is fitted up to a constant, which goes into the BN's running mean. Layers are taken in the order in which they
-run, each on inputs that those before it have already repaired; no labels are needed. Both networks run once.
+E‖x·W − y‖² + λ·‖W − W_cut‖² in closed form from the Gram matrix of x (I, I): float32 products over a chunk of images,
+float64 sums over chunks. A layer that a BN alone reads is fitted up to a constant, which goes into the BN's running
+mean. Layers are taken in the order in which they run, each on inputs that those before it have already repaired; no
+labels are needed. Both networks run once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.nn import functional
 
 from se_prune.artifact import NORM_TYPES
 from se_prune.errors import DataError
-from se_prune.records import Coupling, LayerRefit, Plan, Preprocessing
+from se_prune.gates.trace import norms_after, trace
+from se_prune.records import Coupling, LayerRefit, LayerSlice, Plan, Preprocessing
 
 if TYPE_CHECKING:
     from se_prune.data import Split
@@ -103,7 +105,8 @@ def refit(
     """
     if len(split) < HELD_OUT:
         raise DataError(
-            f"the least-squares repair needs {HELD_OUT} images or more, got {len(split)}; check --data."
+            f"the least-squares repair needs {HELD_OUT} images or more, got {len(split)}; check --data, or repair "
+            "with --repair bn."
         )
     kept = _kept_outputs(dense, couplings, plan)
     modules = dict(cut_network.named_modules())
@@ -112,12 +115,14 @@ def refit(
     cut_network.to(device).eval()
     batches = (images.to(device) for images, _ in split.batches(batch_size, preprocessing))
     images, responses = _dense_responses(dense, targets, batches, on_images)
-    norms = _norms_after(dense, list(responses), images[:1])
+    norms = {
+        layer: modules[name]
+        for layer, name in norms_after(trace(dense, images[:1])).items()
+        if isinstance(modules[name], NORM_TYPES) and modules[name].running_mean is not None
+    }
     fits: list[LayerRefit] = []
     handles = [
-        modules[name].register_forward_pre_hook(
-            _fit_hook(name, response, modules[norms[name]] if name in norms else None, fits)
-        )
+        modules[name].register_forward_pre_hook(_fit_hook(name, response, norms.get(name), fits))
         for name, response in responses.items()
     ]
     try:
@@ -130,16 +135,13 @@ def refit(
     return tuple(fits)
 
 
-def _removed(piece_index: Sequence[int], roots: Sequence[int], gone: set[int]) -> set[int]:
-    return {i for i, root in zip(piece_index, roots, strict=True) if root in gone}
-
-
-def _slices(couplings: Sequence[Coupling], plan: Plan) -> Iterator[tuple[Any, set[int]]]:
+def _slices(couplings: Sequence[Coupling], plan: Plan) -> Iterator[tuple[LayerSlice, set[int]]]:
     """Yield every layer slice of the plan's groups with the channels that it loses."""
     by_name = {coupling.group.name: coupling for coupling in couplings}
     for group in plan.groups:
+        gone = set(group.removed)
         for piece in by_name[group.name].slices:
-            yield piece, _removed(piece.index, piece.root, set(group.removed))
+            yield piece, {i for i, root in zip(piece.index, piece.root, strict=True) if root in gone}
 
 
 def _with_lost_inputs(couplings: Sequence[Coupling], plan: Plan) -> list[str]:
@@ -175,14 +177,12 @@ def _dense_responses(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Run the dense network; return the images that were used and each target's kept outputs for them."""
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in targets}
-    calls: dict[str, int] = {}
     modules = dict(dense.named_modules())
 
     def keep(name: str) -> Callable[..., None]:
         index = targets[name].to(next(dense.parameters()).device)
 
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            calls[name] = calls.get(name, 0) + 1
             dim = 1 if isinstance(modules[name], nn.Conv2d) else output.ndim - 1
             parts[name].append(output.index_select(dim, index))
 
@@ -204,41 +204,6 @@ def _dense_responses(
             handle.remove()
     once = [name for name, values in parts.items() if len(values) == len(used)]
     return torch.cat(used), {name: torch.cat(parts[name]) for name in once}
-
-
-def _norms_after(dense: nn.Module, layers: Sequence[str], image: torch.Tensor) -> dict[str, str]:
-    """Return per layer the BN that reads its very output, found by running one image."""
-    made: dict[int, str] = {}
-    outputs: list[torch.Tensor] = []  # held, so that no other tensor gets their identity
-    found: dict[str, str] = {}
-    modules = dict(dense.named_modules())
-
-    def after_layer(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            outputs.append(output)
-            made[id(output)] = name
-
-        return hook
-
-    def before_norm(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if id(inputs[0]) in made:
-                found[made[id(inputs[0])]] = name
-
-        return hook
-
-    handles = [modules[name].register_forward_hook(after_layer(name)) for name in layers]
-    handles += [
-        module.register_forward_pre_hook(before_norm(name))
-        for name, module in modules.items()
-        if isinstance(module, NORM_TYPES) and module.running_mean is not None
-    ]
-    try:
-        dense(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def _fit_hook(

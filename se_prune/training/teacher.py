@@ -15,8 +15,6 @@ from se_prune.data.batches import TensorImages
 from se_prune.records import Preprocessing, TrainSettings
 
 BATCH = 256
-#: More answers (N·K per form) than this are not kept.
-MAX_VALUES = 1 << 26
 
 
 class Teacher:
@@ -30,19 +28,17 @@ class Teacher:
     @torch.no_grad()
     def prepare(self, split: TensorImages, settings: TrainSettings, preprocessing: Preprocessing) -> None:
         """Take every answer that training will ask for, on the CPU, where that is less work than asking each time."""
-        if settings.crop_padding > 0 or settings.erase > 0 or settings.epochs <= 2:
-            return
         forms = [split]
         if settings.flip > 0:
             forms.append(TensorImages(images=split.images.flip(-1), labels=split.labels))
+        if settings.crop_padding > 0 or settings.erase > 0 or settings.epochs <= len(forms):
+            return
         answers: list[torch.Tensor] = []
         keys: list[bytes] = []
         for form in forms:
             for images, _ in form.batches(BATCH, preprocessing):
                 keys += _keys(images)
                 answers.append(self.model(images.contiguous(memory_format=self.layout)))
-                if len(split) * answers[0].shape[1] > MAX_VALUES:
-                    return
         self.rows = {key: row for row, key in enumerate(keys)}
         self.answers = torch.cat(answers)
 

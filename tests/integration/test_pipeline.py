@@ -8,7 +8,7 @@ import torch
 from se_prune import pipeline
 from se_prune.checkpoint import open_model
 from se_prune.data import open_data
-from se_prune.errors import SePruneError, UsageError
+from se_prune.errors import BudgetError, SePruneError, UsageError
 from se_prune.recipe import ApplyTable, ModelTable, RunRecipe
 from se_prune.records import Budget, Run, TrainSettings, from_json
 from tests.tiny import fashion_folder
@@ -121,12 +121,13 @@ TINY = RunRecipe(
         ({"apply": ApplyTable(macs=1.5)}, "--macs must be above 0 and at most 1, got 1.5"),
         ({"apply": ApplyTable(macs=0.5, round_to=0)}, "--round-to and --min-channels must be at least 1"),
         ({"apply": ApplyTable()}, "exactly one budget"),
+        ({"apply": ApplyTable(macs=0.001)}, r"--macs 0.001 cannot be met: .* at least 0\.009 must stay"),
     ],
 )
 def test_a_run_refuses_a_wrong_recipe_before_the_work(folder, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(pipeline.jobs, "assess", lambda *_, **__: pytest.fail("it went to work"))
     recipe = replace(TINY, data=str(folder), **changes)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, BudgetError), match=message):
         pipeline.run_recipe(recipe, tmp_path / "out", command="", device="cpu")
     assert not (tmp_path / "out").exists()
     with pytest.raises(pytest.fail.Exception, match="it went to work"):  # the control
@@ -151,6 +152,8 @@ def test_a_wrong_budget_is_refused_before_anything_is_measured(sealed, dense, mo
     for value, options in ((float("nan"), {}), (0.0, {}), (0.5, {"round_to": 0}), (0.5, {"min_channels": 0})):
         with pytest.raises(UsageError, match="must be"):
             plan(value, **options)
+    with pytest.raises(BudgetError, match=r"at least 0\.009 must stay"):
+        plan(0.001)
     with pytest.raises(pytest.fail.Exception, match="it measured"):  # the control
         plan(0.5)
 
