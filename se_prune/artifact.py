@@ -18,7 +18,8 @@ from torch import nn
 
 from se_prune.errors import CheckpointError, SePruneError
 from se_prune.files import write_tensors
-from se_prune.records import ArchSpec, ArtifactHeader, Geometry, from_json, to_json
+from se_prune.records import ArchSpec, ArtifactHeader, Geometry
+from se_prune.schema import from_json, to_json
 from se_prune.zoo import registry
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from se_prune.errors import SePruneError, UsageError, nearest
-from se_prune.records import FORBID_EXTRA, Budget, RepairMode, TrainSettings, from_dict, record
+from se_prune.records import Budget, RepairMode, TrainSettings
+from se_prune.schema import FORBID_EXTRA, from_dict, record
 
 FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 2, "lr": 0.02, "warmup": 0.1}
 BUNDLED = Path(__file__).parent / "_recipes"

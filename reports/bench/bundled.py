@@ -11,7 +11,7 @@ from se_prune.evaluate import evaluate, paired
 from se_prune.gates.summary import fold_constants, summarise
 from se_prune.gates.tap import constant_gates, tap
 from se_prune.pipeline import analyze
-from se_prune.records import to_dict
+from se_prune.schema import to_dict
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ import torch
 
 from se_prune.errors import SePruneError
 from se_prune.files import whole_file
-from se_prune.records import ArtifactHeader, Exported, to_dict, to_json
+from se_prune.records import ArtifactHeader, Exported
+from se_prune.schema import to_dict, to_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

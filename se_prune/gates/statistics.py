@@ -20,7 +20,8 @@ from se_prune.errors import CheckpointError, DataError, SePruneError
 from se_prune.files import write_tensors
 from se_prune.gates.energies import ChannelEnergies
 from se_prune.gates.tap import tap
-from se_prune.records import SCHEMA_VERSION, GateSite, Preprocessing, from_dict, to_dict
+from se_prune.records import GateSite, Preprocessing
+from se_prune.schema import SCHEMA_VERSION, from_dict, to_dict
 
 if TYPE_CHECKING:
     from se_prune.data import Split

@@ -46,8 +46,8 @@ from se_prune.records import (
     Plan,
     RepairMode,
     TrainSettings,
-    to_dict,
 )
+from se_prune.schema import to_dict
 from se_prune.scoring import Evidence, score
 from se_prune.scoring.registry import find
 from se_prune.surgery.cut import cut, verify

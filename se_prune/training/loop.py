@@ -15,7 +15,8 @@ from torch import nn
 from se_prune.data.batches import TensorImages
 from se_prune.errors import DataError, SePruneError
 from se_prune.files import make_folder
-from se_prune.records import Preprocessing, TrainSettings, record, to_json
+from se_prune.records import Preprocessing, TrainSettings
+from se_prune.schema import record, to_json
 from se_prune.training.optim import build_optimizer, learning_rate
 from se_prune.training.state import load_state, save_state
 from se_prune.training.teacher import Teacher

@@ -10,7 +10,8 @@ from se_prune.checkpoint import open_model
 from se_prune.data import open_data
 from se_prune.errors import BudgetError, SePruneError, UsageError
 from se_prune.recipe import ApplyTable, ModelTable, RunRecipe
-from se_prune.records import Budget, Run, TrainSettings, from_json
+from se_prune.records import Budget, Run, TrainSettings
+from se_prune.schema import from_json
 from tests.tiny import fashion_folder
 
 pytestmark = pytest.mark.slow

@@ -15,6 +15,7 @@ ROOT = Path(se_prune.__file__).parent
 #: The one direction: a module may import its own layer and those before it. Each layer is a file or a folder.
 ORDER = (
     "errors",  # kinds of user errors; import nothing
+    "schema",  # what records are made of
     "records",  # what passes between stages
     "files",  # writing whole files
     "device",

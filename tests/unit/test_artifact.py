@@ -24,16 +24,8 @@ from se_prune.errors import CheckpointError, SePruneError, UsageError
 from se_prune.files import whole_file
 from se_prune.gates.sites import find_sites
 from se_prune.planning import make_plan
-from se_prune.records import (
-    ArchSpec,
-    ArtifactHeader,
-    Budget,
-    Geometry,
-    HistoryEntry,
-    Preprocessing,
-    Scores,
-    to_dict,
-)
+from se_prune.records import ArchSpec, ArtifactHeader, Budget, Geometry, HistoryEntry, Preprocessing, Scores
+from se_prune.schema import to_dict
 from se_prune.surgery.cut import cut
 from se_prune.zoo import registry
 from tests.nets import DEPTHWISE, DepthwiseSE

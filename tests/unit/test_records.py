@@ -12,19 +12,8 @@ from hypothesis import strategies as st
 
 from se_prune import recipe, records
 from se_prune.errors import SePruneError, nearest
-from se_prune.records import (
-    ArchSpec,
-    Budget,
-    HistoryEntry,
-    Latency,
-    Plan,
-    Run,
-    SiteSummary,
-    from_dict,
-    from_json,
-    to_dict,
-    to_json,
-)
+from se_prune.records import ArchSpec, Budget, HistoryEntry, Latency, Plan, Run, SiteSummary
+from se_prune.schema import from_dict, from_json, to_dict, to_json
 from se_prune.training.loop import StepLog, TrainResult
 from tests import runs
 

@@ -50,7 +50,7 @@ def command(
     from se_prune.errors import UsageError
     from se_prune.files import require_writable
     from se_prune.gates.summary import liveness, summarise
-    from se_prune.records import to_dict
+    from se_prune.schema import to_dict
 
     out = Output(as_json)
     if images is not None and images < 1:

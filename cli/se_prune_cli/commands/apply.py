@@ -61,7 +61,7 @@ def command(
     from se_prune.files import require_writable
     from se_prune.gates.statistics import Statistics
     from se_prune.recipe import budget_of
-    from se_prune.records import to_dict
+    from se_prune.schema import to_dict
     from se_prune.scoring.registry import find
 
     out, show = Output(as_json), Progressed()

@@ -48,7 +48,7 @@ def command(
     from se_prune.data import open_data
     from se_prune.device import choose_device
     from se_prune.evaluate import paired
-    from se_prune.records import to_dict
+    from se_prune.schema import to_dict
 
     out, show = Output(as_json), Progressed()
     target, source = choose_device(device), open_data(data)

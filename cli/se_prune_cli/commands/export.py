@@ -45,7 +45,7 @@ def command(
     from se_prune.errors import UsageError
     from se_prune.export import export
     from se_prune.pipeline.run import real_images
-    from se_prune.records import to_dict
+    from se_prune.schema import to_dict
 
     out = Output(as_json)
     if images < 1:

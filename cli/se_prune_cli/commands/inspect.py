@@ -29,7 +29,7 @@ def command(
     """Show the gate sites, the channel groups and the cost of a network."""
     from se_prune import pipeline
     from se_prune.checkpoint import open_model
-    from se_prune.records import to_dict
+    from se_prune.schema import to_dict
 
     out = Output(as_json)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
