@@ -88,17 +88,18 @@ def plan(
     statistics: Statistics | None = None,
     round_to: int = 1,
     min_channels: int = 2,
+    repair: RepairMode = "refit",
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Plan:
-    """Score the channels and choose those that leave.
+    """Score the channels and choose those that leave; `repair` is what will follow the cut.
 
     Raises:
         UsageError: The criterion is unknown, or measures images and none were given.
         CheckpointError: The statistics are of another network.
         BudgetError: The budget cannot be met.
     """
-    needs = find(criterion).needs
+    needs = find(criterion).wants(repair)
     costs = layer_costs(network.module, found.cost.per_layer)
     check_budget(found.couplings, costs, budget, round_to=round_to, min_channels=min_channels)
     if statistics is not None:
@@ -126,6 +127,7 @@ def plan(
         statistics=statistics,
         energies=energies,
         batches=None if subset is None else lambda: subset.batches(BATCH, preprocessing),
+        repair=repair,
     )
     with (reporter or Silent()).stage(f"score by {criterion}", None):
         scores = score(criterion, evidence)

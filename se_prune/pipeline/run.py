@@ -108,6 +108,7 @@ def run_recipe(
         data=data,
         statistics=statistics,
         **widths,
+        repair=recipe.apply.repair,
         seed=recipe.seed,
         reporter=show,
     )

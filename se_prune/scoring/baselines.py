@@ -37,7 +37,7 @@ _register("lamp", "layer-adaptive magnitude (Lee et al. 2021)")
 @criterion("taylor", "first-order Taylor expansion of the loss (Molchanov et al. 2019)", needs=("batches",))
 def taylor(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
     """|w·∂L/∂w| summed over the group, gradients of the mean loss over all batches."""
-    with _thawed(evidence.model):
+    with thawed(evidence.model):
         _accumulate(evidence, squared=False)
     try:
         return _torch_pruning("taylor", evidence, wanted)
@@ -48,7 +48,7 @@ def taylor(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[fl
 @criterion("hessian", "w²·E[(∂L/∂w)²] (optimal brain damage, LeCun et al. 1990)", needs=("batches",))
 def hessian(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
     """Squared gradients of single images, at most the first 256, as torch-pruning's users do."""
-    with _thawed(evidence.model):
+    with thawed(evidence.model):
         _accumulate(evidence, squared=True)
     try:
         return _torch_pruning("hessian", evidence, wanted)
@@ -57,7 +57,7 @@ def hessian(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[f
 
 
 @contextlib.contextmanager
-def _thawed(model: nn.Module) -> Iterator[None]:
+def thawed(model: nn.Module) -> Iterator[None]:
     """Let frozen parameters have gradients too: a frozen layer can be cut like any other."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     try:

@@ -12,7 +12,7 @@ from torch import nn
 from se_prune.errors import UsageError, nearest
 from se_prune.gates.energies import ChannelEnergies
 from se_prune.gates.statistics import Statistics
-from se_prune.records import Coupling, GateSite, Scores
+from se_prune.records import Coupling, GateSite, RepairMode, Scores
 
 if TYPE_CHECKING:
     from se_prune.data.batches import Batch
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Evidence:
-    """What a criterion may read; `batches` yields training images and is only called by those that need it."""
+    """What a criterion may read; `batches` yields training images and is only called by those that need it.
+
+    `repair` is what follows the cut: a criterion may count on it.
+    """
 
     model: nn.Module
     example: torch.Tensor
@@ -31,6 +34,7 @@ class Evidence:
     statistics: Statistics | None = None
     energies: ChannelEnergies | None = None
     batches: Callable[[], Iterator[Batch]] | None = None
+    repair: RepairMode = "refit"
 
 
 Rule = Callable[[Evidence, Sequence[Coupling]], dict[str, tuple[float, ...]]]
@@ -38,27 +42,42 @@ Rule = Callable[[Evidence, Sequence[Coupling]], dict[str, tuple[float, ...]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
-    """A rule, what it needs, and whether its scores of different groups are in one unit."""
+    """A rule, what it needs (more where least squares follows), whether its scores are in one unit for all groups."""
 
     name: str
     summary: str
     rule: Rule
     comparable: bool
     needs: frozenset[str]
+    needs_for_refit: frozenset[str] = frozenset()
+
+    def wants(self, repair: RepairMode) -> frozenset[str]:
+        """Return which evidence it reads where `repair` follows the cut."""
+        return self.needs | self.needs_for_refit if repair == "refit" else self.needs
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, summary: str, *, comparable: bool = False, needs: Sequence[str] = ()
+    name: str,
+    summary: str,
+    *,
+    comparable: bool = False,
+    needs: Sequence[str] = (),
+    needs_for_refit: Sequence[str] = (),
 ) -> Callable[[Rule], Rule]:
     """Register a rule under a name; a name twice is our mistake."""
 
     def register(rule: Rule) -> Rule:
         assert name not in CRITERIA, f"criterion {name} is registered twice"
         CRITERIA[name] = Criterion(
-            name=name, summary=summary, rule=rule, comparable=comparable, needs=frozenset(needs)
+            name=name,
+            summary=summary,
+            rule=rule,
+            comparable=comparable,
+            needs=frozenset(needs),
+            needs_for_refit=frozenset(needs_for_refit),
         )
         return rule
 
@@ -81,10 +100,11 @@ def find(name: str) -> Criterion:
 
 def load_all() -> None:
     """Import the files that register criteria."""
-    from se_prune.scoring import baselines, excitation
+    from se_prune.scoring import baselines, excitation, fisher
 
     assert baselines
     assert excitation
+    assert fisher
 
 
 def score(name: str, evidence: Evidence) -> Scores:
@@ -98,7 +118,7 @@ def score(name: str, evidence: Evidence) -> Scores:
         "energies": evidence.energies is not None,
         "batches": evidence.batches is not None,
     }
-    missing = [need for need in sorted(chosen.needs) if not have[need]]
+    missing = [need for need in sorted(chosen.wants(evidence.repair)) if not have[need]]
     if missing:
         raise UsageError(
             f"--criterion {name} measures images; add --data (or --stats of `se-prune analyze`)."

@@ -2,8 +2,8 @@
 
 Shapes: N images, I inputs of a layer (input channels × kernel positions, and 1 for the bias), O outputs. For a layer
 with kept inputs x and the dense network's pre-activation y of its kept outputs, the new weights minimise
-E‖x·W − y‖² + λ·‖W − W_cut‖² in closed form from the Gram matrix of x (I, I): float32 products over a chunk of images,
-float64 sums over chunks. A layer that a BN alone reads is fitted up to a constant, which goes into the BN's running
+E‖x·W − y‖² + λ·‖W − W_cut‖² in closed form from the Gram matrix of x (I, I), over some positions P of every image
+(`gates.moments`). A layer that a BN alone reads is fitted up to a constant, which goes into the BN's running
 mean. Layers are taken in the order in which they run, each on inputs that those before it have already repaired; no
 labels are needed. Both networks run once.
 """
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from se_prune.artifact import NORM_TYPES
 from se_prune.errors import DataError
+from se_prune.gates.moments import LAYER_TYPES, has_rows, in_float64, input_rows, sample_positions
 from se_prune.gates.trace import norms_after, trace
 from se_prune.records import Coupling, LayerRefit, LayerSlice, Plan, Preprocessing
 
@@ -32,9 +32,6 @@ RIDGE = 1e-3
 HELD_OUT = 5
 #: Bytes of dense responses that are kept at a time; where more would be needed, fewer images are used.
 RESPONSE_BYTES = 2 << 30
-#: Patches of a convolution that are unfolded at a time, in elements.
-PATCH_ELEMENTS = 1 << 24
-LAYER_TYPES = (nn.Conv2d, nn.Linear)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,9 +52,9 @@ class _Moments:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add rows x (R, I) and y (R, O)."""
-        self.xx += (x.T @ x).to(self.xx)
-        self.xy += (x.T @ y).to(self.xx)
-        self.yy += y.square().sum(0).to(self.xx)
+        self.xx += in_float64(x.T @ x)
+        self.xy += in_float64(x.T @ y)
+        self.yy += in_float64(y.square().sum(0))
         self.rows += len(x)
 
     def error(self, weights: torch.Tensor) -> float:
@@ -110,7 +107,7 @@ def refit(
         )
     kept = _kept_outputs(dense, couplings, plan)
     modules = dict(cut_network.named_modules())
-    targets = {name: kept[name] for name in _with_lost_inputs(couplings, plan) if _can_fit(modules[name])}
+    targets = {name: kept[name] for name in _with_lost_inputs(couplings, plan) if has_rows(modules[name])}
     dense.to(device).eval()
     cut_network.to(device).eval()
     batches = (images.to(device) for images, _ in split.batches(batch_size, preprocessing))
@@ -162,20 +159,16 @@ def _kept_outputs(dense: nn.Module, couplings: Sequence[Coupling], plan: Plan) -
     }
 
 
-def _can_fit(module: nn.Module) -> bool:
-    # a subclass may pad or standardise its weights by itself
-    if type(module) is nn.Conv2d:
-        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return type(module) is nn.Linear
-
-
 def _dense_responses(
     dense: nn.Module,
     targets: Mapping[str, torch.Tensor],
     batches: Iterable[torch.Tensor],
     on_images: Callable[[int], None] | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Run the dense network; return the images that were used and each target's kept outputs for them."""
+    """Run the dense network; return the images that were used and each target's kept outputs for them.
+
+    These are (N, O, P) of a convolution, (…, O) of a linear layer.
+    """
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in targets}
     modules = dict(dense.named_modules())
 
@@ -183,8 +176,11 @@ def _dense_responses(
         index = targets[name].to(next(dense.parameters()).device)
 
         def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            dim = 1 if isinstance(modules[name], nn.Conv2d) else output.ndim - 1
-            parts[name].append(output.index_select(dim, index))
+            if isinstance(modules[name], nn.Conv2d):
+                chosen = sample_positions(output[0, 0].numel(), output.device)
+                parts[name].append(output.flatten(2).index_select(2, chosen).index_select(1, index))
+            else:
+                parts[name].append(output.index_select(output.ndim - 1, index))
 
         return hook
 
@@ -267,23 +263,8 @@ def _rows(
     module: nn.Conv2d | nn.Linear, features: torch.Tensor, response: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the inputs (R, I) and dense responses (R, O) of a layer, some images at a time."""
-    if isinstance(module, nn.Linear):
-        rows = features.reshape(-1, features.shape[-1])
-        yield _with_one(rows), response.reshape(len(rows), -1)
-        return
-    positions = response.shape[2] * response.shape[3]
-    inputs = module.weight[0].numel()
-    step = max(1, PATCH_ELEMENTS // (positions * inputs))
-    for part, target in zip(torch.split(features, step), torch.split(response, step), strict=True):
-        patches = functional.unfold(
-            part,
-            module.kernel_size,
-            dilation=module.dilation,
-            padding=module.padding,  # type: ignore[arg-type]
-            stride=module.stride,
-        )
-        yield _with_one(patches.transpose(1, 2).reshape(-1, inputs)), target.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _with_one(rows: torch.Tensor) -> torch.Tensor:
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    for part, rows in input_rows(module, features):
+        target = response[part]
+        if isinstance(module, nn.Conv2d):
+            target = target.transpose(1, 2)
+        yield rows, target.reshape(len(rows), -1)

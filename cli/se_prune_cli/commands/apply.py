@@ -70,7 +70,7 @@ def command(
         raise UsageError(
             "give -o OUT.safetensors for the pruned network, or --dry-run to see the plan alone."
         )
-    needs = find(criterion).needs
+    needs = find(criterion).wants(repair)
     if output is not None and not dry_run:
         require_writable(output)
     target = choose_device(device)
@@ -80,9 +80,10 @@ def command(
             "the repair after the cut needs training images: add --data, or --repair none to leave it out."
         )
     statistics = None if stats is None else Statistics.load(stats)
-    if needs and source is None and statistics is None:
+    if source is None and (needs - {"energies"} or (needs and statistics is None)):
         raise UsageError(
-            f"--criterion {criterion} measures images: add --data, or --stats of `se-prune analyze`."
+            f"--criterion {criterion} measures images: add --data; "
+            "--criterion gate-energy does with --stats of `se-prune analyze`, l2 without either."
         )
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
     out.say(preprocessing_line(network.header.preprocessing))
@@ -98,6 +99,7 @@ def command(
         statistics=statistics,
         round_to=round_to,
         min_channels=min_channels,
+        repair=repair,
         seed=seed,
         reporter=show,
     )

@@ -1,0 +1,110 @@
+"""Second moments of what a convolution or linear layer reads: sums of xᵀx over images and positions.
+
+Shapes: N images, R rows (N × output positions), I inputs of a layer (input channels × kernel positions), O outputs.
+Products of some images at a time are float32, their sums float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+#: Patches of a convolution that are unfolded at a time, in elements.
+PATCH_ELEMENTS = 1 << 24
+#: Positions of an image that are taken, spread at random; neighbouring ones say almost the same.
+POSITIONS = 128
+#: Layers that read more have no Gram matrix taken: it would need gigabytes.
+MAX_INPUTS = 8192
+LAYER_TYPES = (nn.Conv2d, nn.Linear)
+
+
+def has_rows(module: nn.Module) -> bool:
+    """Say whether a layer's inputs can be taken as rows: a subclass may pad or standardise its weights by itself."""
+    if not isinstance(module, LAYER_TYPES) or module.weight[0].numel() > MAX_INPUTS:
+        return False
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear
+
+
+def sample_positions(count: int, device: torch.device, limit: int = POSITIONS) -> torch.Tensor:
+    """Return at most `limit` of `count` positions (H·W), the same ones each time, in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    return order[:limit].sort().values.to(device)
+
+
+def input_rows(module: nn.Module, features: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield what a layer multiplies by its weights, some images at a time.
+
+    Args:
+        module: The layer, one that `has_rows`.
+        features: What it reads, (N, C, H, W), or (…, I) for a linear layer.
+
+    Yields:
+        Which images, and their rows (R, I + 1) at `sample_positions`; the last input is 1, for a bias.
+    """
+    if isinstance(module, nn.Conv2d):
+        count = _output_positions(module, features)
+        positions = sample_positions(count, features.device)
+        step = max(1, PATCH_ELEMENTS // (count * module.weight[0].numel()))
+    else:
+        step = PATCH_ELEMENTS
+    for start in range(0, len(features), step):
+        part = slice(start, start + step)
+        if isinstance(module, nn.Conv2d):
+            patches = functional.unfold(
+                features[part],
+                module.kernel_size,
+                dilation=module.dilation,
+                padding=module.padding,  # type: ignore[arg-type]
+                stride=module.stride,
+            )
+            rows = patches.index_select(2, positions).transpose(1, 2).flatten(0, 1)
+        else:
+            rows = features[part].reshape(-1, features.shape[-1])
+        yield part, torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+
+
+def _output_positions(module: nn.Conv2d, features: torch.Tensor) -> int:
+    assert not isinstance(module.padding, str)
+    shape = zip(
+        features.shape[2:], module.padding, module.dilation, module.kernel_size, module.stride, strict=True
+    )
+    return math.prod((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in shape)
+
+
+def in_float64(sums: torch.Tensor) -> torch.Tensor:
+    """Return sums in float64, on the CPU where the device has none."""
+    return sums.cpu().double() if sums.device.type == "mps" else sums.double()
+
+
+@contextlib.contextmanager
+def collect_grams(model: nn.Module, layers: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, sum the Gram matrix of every layer's inputs over the images that the network runs.
+
+    Yields:
+        Per layer that ran Σ xᵀx (I + 1, I + 1) in float64; its last entry counts the rows.
+    """
+    modules = dict(model.named_modules())
+    grams: dict[str, torch.Tensor] = {}
+
+    def add(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            for _, rows in input_rows(module, inputs[0]):
+                product = in_float64(rows.T @ rows)
+                grams[name] = grams[name] + product if name in grams else product
+
+        return hook
+
+    handles = [modules[name].register_forward_pre_hook(add(name)) for name in layers]
+    try:
+        yield grams
+    finally:
+        for handle in handles:
+            handle.remove()

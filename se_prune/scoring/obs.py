@@ -1,0 +1,152 @@
+"""`gate-obs`: what is lost with a channel after the best re-fit of its consumers without it (Optimal Brain Surgeon).
+
+For a consumer with inputs x and weights W (I, O), whose outputs BN and gates scale by √g, let H = E[xxᵀ] about the
+mean where a bias or BN takes the mean up. Removing the inputs K of one channel and re-fitting the others by least
+squares adds tr(Wᵀ_K·(H⁻¹_KK)⁻¹·W_K·diag g) to the squared error of the outputs (Hassibi and Stork 1993). Divided by
+the energy of the signal that the outputs are a part of, it is in the unit of `gate-energy`. Channels leave greedily,
+the cheapest of all consumers' sums first; H⁻¹ and W follow each removal, so that a channel whose twin has left is
+dear. The score is the loss at the removal, never below an earlier one's.
+
+Consumers whose inputs are no plain rows (grouped convolutions) and hidden units are scored by energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from se_prune.gates.moments import LAYER_TYPES, collect_grams, has_rows
+from se_prune.records import Coupling, LayerSlice
+from se_prune.scoring.energy import add_energy
+from se_prune.scoring.registry import Evidence, criterion
+from se_prune.scoring.signal import Signal, describe
+
+#: Added to the diagonal of H, as a share of its mean.
+RIDGE = 1e-3
+#: Images that the Gram matrices are taken on.
+IMAGES = 512
+#: Greedy steps per group; wider groups lose several channels a step.
+STEPS = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class _Consumer:
+    """H⁻¹ (I, I), weights (I, O) in units of the signal, and the inputs of each channel (C, K)."""
+
+    inverse: torch.Tensor
+    weights: torch.Tensor
+    inputs: torch.Tensor
+
+    def losses(self, channels: torch.Tensor) -> torch.Tensor:
+        """Return the loss with each of some channels (n,) alone."""
+        chosen = self.inputs[channels]  # (n, K)
+        own = self.inverse[chosen[:, :, None], chosen[:, None, :]]
+        weights = self.weights[chosen]
+        fitted: torch.Tensor = torch.linalg.solve(own, weights)
+        return (weights * fitted).sum((1, 2))
+
+    def remove(self, channels: torch.Tensor) -> float:
+        """Remove channels, re-fit the others, and return the loss."""
+        chosen = self.inputs[channels].flatten()
+        columns = self.inverse[:, chosen]
+        weights = self.weights[chosen]
+        step = torch.linalg.solve(columns[chosen], torch.cat([weights, columns.T], 1))
+        fitted, update = step.split([weights.shape[1], len(columns)], 1)
+        self.weights -= columns @ fitted
+        self.inverse -= columns @ update
+        return float((weights * fitted).sum())
+
+
+@criterion(
+    "gate-obs",
+    "share of the recalibrated signal that no re-fit brings back, per MAC",
+    comparable=True,
+    needs=("energies", "batches"),
+)
+def gate_obs(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
+    """Score channels by what their consumers lose after the best re-fit without them."""
+    signal = describe(evidence)
+    grams = _grams(evidence, signal, wanted)
+    return {c.group.name: _scores(c, signal, grams) for c in wanted}
+
+
+def _grams(evidence: Evidence, signal: Signal, wanted: Sequence[Coupling]) -> dict[str, torch.Tensor]:
+    assert evidence.batches is not None
+    layers = {
+        piece.layer
+        for coupling in wanted
+        if coupling.group.kind != "hidden"
+        for piece in signal.consumers(coupling)
+        if has_rows(signal.modules[piece.layer])
+    }
+    model, left = evidence.model.to(evidence.device).eval(), IMAGES
+    with torch.no_grad(), collect_grams(model, layers) as grams:
+        for images, _ in evidence.batches():
+            model(images[:left].to(evidence.device, non_blocking=True))
+            left -= len(images)
+            if left <= 0:
+                break
+    return grams
+
+
+def _scores(coupling: Coupling, signal: Signal, grams: dict[str, torch.Tensor]) -> tuple[float, ...]:
+    """Return the loss at each channel's removal (C,)."""
+    count = coupling.group.channels
+    fixed = torch.zeros(count, dtype=torch.float64)
+    consumers = []
+    for piece in signal.consumers(coupling):
+        if coupling.group.kind != "hidden" and piece.layer in grams and _is_even(piece, count):
+            consumers.append(_consumer(piece, count, signal, grams[piece.layer]))
+        else:
+            add_energy(fixed, piece, signal)
+    if not consumers:
+        return tuple(fixed.tolist())
+    scores, reached = fixed.clone(), 0.0
+    left = torch.arange(count)
+    while len(left):
+        alone = fixed[left] + sum(consumer.losses(left).cpu() for consumer in consumers)
+        order = alone.argsort(stable=True)
+        going = order[: max(1, count // STEPS)]
+        channels = left[going]
+        together = float(fixed[channels].sum()) + sum(consumer.remove(channels) for consumer in consumers)
+        reached = max(reached, together / len(channels))
+        scores[channels] = reached
+        left = left[order[len(going) :].sort().values]
+    return tuple(scores.tolist())
+
+
+def _consumer(piece: LayerSlice, count: int, signal: Signal, gram: torch.Tensor) -> _Consumer:
+    module = signal.modules[piece.layer]
+    assert isinstance(module, LAYER_TYPES)
+    second, mean = gram[:-1, :-1] / gram[-1, -1], gram[:-1, -1:] / gram[-1, -1]
+    weights = module.weight.detach().to(gram).flatten(1).T.clone()
+    gain = signal.gain(piece.layer).to(gram.device)
+    whole = signal.whole(piece.layer)
+    if whole is None:
+        whole = float((gain * (weights * (second @ weights)).sum(0)).sum())
+    if module.bias is not None or signal.norm(piece.layer) is not None:
+        second = second - mean @ mean.T
+    ridge = (RIDGE * second.diagonal().mean()).clamp_min(1e-12)
+    return _Consumer(
+        inverse=torch.linalg.inv(second + ridge * torch.eye(len(second)).to(second)),
+        weights=weights * (gain / max(whole, 1e-30)).sqrt(),
+        inputs=_inputs(piece, count, module),
+    )
+
+
+def _is_even(piece: LayerSlice, count: int) -> bool:
+    """Say whether every channel of the group makes the same number of the layer's input channels."""
+    times = torch.bincount(torch.tensor(piece.root), minlength=count)
+    return len(times) == count and bool((times == times[0]).all())
+
+
+def _inputs(piece: LayerSlice, count: int, module: nn.Module) -> torch.Tensor:
+    """Return which inputs of a layer each channel of the group makes (C, K)."""
+    assert isinstance(module, LAYER_TYPES)
+    kernel = module.weight[0, 0].numel()
+    index, root = torch.tensor(piece.index), torch.tensor(piece.root)
+    channels = index[root.argsort(stable=True)].view(count, -1)
+    return (channels[:, :, None] * kernel + torch.arange(kernel)).flatten(1)
