@@ -42,6 +42,15 @@ def scaled(number: float) -> str:
     return f"{number:.0f}"
 
 
+def as_printed(number: float | None) -> str:
+    """Write a count with the digits that the SENet paper prints: "3.87 G", "569 M", "28.1 M"; None is a dash."""
+    if number is None:
+        return MISSING
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} G"
+    return f"{number / 1e6:.{0 if number >= 1e8 else 1}f} M"
+
+
 def file_size(number: int) -> str:
     """Write bytes in kB or MB (1 MB = 10⁶ bytes)."""
     return f"{number / 1e6:.2f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"

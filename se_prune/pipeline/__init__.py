@@ -1,4 +1,7 @@
-"""Whole jobs; the only part that sees every stage. `measure` looks, `jobs` changes, `run` does a whole recipe."""
+"""Whole jobs; the only part that sees every stage.
+
+`measure` looks, `outline` lists, `jobs` changes, `run` does a whole recipe.
+"""
 
 from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
 from se_prune.pipeline.measure import (
@@ -11,11 +14,13 @@ from se_prune.pipeline.measure import (
     require_classes,
     structure,
 )
+from se_prune.pipeline.outline import Outline, outline
 from se_prune.pipeline.run import RunOutcome, run_recipe
 from se_prune.training.loop import StepLog
 
 __all__ = [
     "Applied",
+    "Outline",
     "Reporter",
     "RunOutcome",
     "Silent",
@@ -28,6 +33,7 @@ __all__ = [
     "finetune",
     "inspect",
     "new_network",
+    "outline",
     "plan",
     "require_classes",
     "run_recipe",

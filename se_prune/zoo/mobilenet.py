@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from se_prune.zoo.blocks import LIVE_GAIN, GateGain, SEBlock, init_convolutions
+from se_prune.zoo.blocks import LIVE_GAIN, GateGain, SEBlock, init_convolutions, require_counts
 
 #: Output channels of the 13 separable blocks at width 1, with their stride on 224×224 images.
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
@@ -51,6 +51,7 @@ class MobileNet(nn.Module):
         gate_gain: GateGain = LIVE_GAIN,
     ) -> None:
         super().__init__()
+        require_counts(num_classes=num_classes, in_channels=in_channels, reduction=reduction)
         previous = int(32 * width)
         self.conv1 = nn.Conv2d(in_channels, previous, 3, 1 if small_input else 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(previous)

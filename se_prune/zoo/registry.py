@@ -12,30 +12,68 @@ from torch import nn
 
 from se_prune.errors import CheckpointError, UsageError, nearest
 from se_prune.records import ArchSpec, Preprocessing
+from se_prune.zoo.bn_inception import BNInception
+from se_prune.zoo.inception_resnet import InceptionResNetV2
 from se_prune.zoo.mobilenet import MobileNet
 from se_prune.zoo.resnet import CifarResNet
+from se_prune.zoo.resnext import CifarResNeXt
+from se_prune.zoo.senet import PLACEMENTS, SENet
+from se_prune.zoo.shufflenet import ShuffleNet
+from se_prune.zoo.vgg import VGG16
 
 FASHION = Preprocessing(input_size=(1, 28, 28), mean=(0.2860,), std=(0.3530,))
 IMAGENET = Preprocessing(input_size=(3, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+INCEPTION = Preprocessing(input_size=(3, 299, 299), mean=(0.5,) * 3, std=(0.5,) * 3)
 SMALL = {"num_classes": 10, "in_channels": 1}
 LIBRARIES = ("zoo", "timm", "torchvision", "pytorchcv")
 #: Arguments that may stand in an artifact for a library's factory; anything else could load files.
 COMMON_KWARGS = frozenset({"num_classes", "in_channels"})
 
 
-def _zoo() -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Preprocessing]]:
-    table: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Preprocessing]] = {}
+#: A factory, the arguments that make the network of that name, and what it sees.
+Entry = tuple[Callable[..., nn.Module], dict[str, Any], Preprocessing]
+
+
+def _zoo() -> dict[str, Entry]:
+    table: dict[str, Entry] = {}
+
+    def pair(name: str, factory: Callable[..., nn.Module], see: Preprocessing, **kwargs: Any) -> None:
+        table[f"se_{name}"] = (factory, {**kwargs, "se": True}, see)
+        table[name] = (factory, {**kwargs, "se": False}, see)
+
     for depth in (20, 32, 56, 110):
-        for prefix, se in (("se_", True), ("", False)):
-            table[f"{prefix}resnet{depth}"] = (CifarResNet, {"depth": depth, "se": se, **SMALL}, FASHION)
-    for prefix, se in (("se_", True), ("", False)):
-        table[f"{prefix}mobilenet"] = (MobileNet, {"se": se}, IMAGENET)
-        small = {"width": 0.25, "small_input": True, "reduction": 8, "min_hidden": 4, "se": se, **SMALL}
-        table[f"{prefix}mobilenet_x025"] = (MobileNet, small, FASHION)
+        pair(f"resnet{depth}", CifarResNet, FASHION, depth=depth, **SMALL)
+    pair("resnext29_8x64d", CifarResNeXt, FASHION, **SMALL)
+    narrow = {"base_width": 4, "channels": 16, "reduction": 8}
+    pair("resnext29_8x4d", CifarResNeXt, FASHION, **narrow, **SMALL)
+    small = {"width": 0.25, "small_input": True, "reduction": 8, "min_hidden": 4}
+    pair("mobilenet_x025", MobileNet, FASHION, **small, **SMALL)
+    for depth in (50, 101, 152):
+        pair(f"resnet{depth}", SENet, IMAGENET, depth=depth)
+    for reduction in (4, 8, 32):
+        table[f"se_resnet50_r{reduction}"] = (SENet, {"depth": 50, "reduction": reduction}, IMAGENET)
+    for placement in PLACEMENTS[1:]:
+        table[f"se_resnet50_{placement}"] = (SENet, {"depth": 50, "placement": placement}, IMAGENET)
+    for depth in (50, 101):
+        pair(f"resnext{depth}_32x4d", SENet, IMAGENET, depth=depth, form="resnext")
+    pair("vgg16_bn", VGG16, IMAGENET)
+    pair("bn_inception", BNInception, IMAGENET)
+    pair("inception_resnet_v2", InceptionResNetV2, INCEPTION)
+    pair("mobilenet", MobileNet, IMAGENET)
+    pair("shufflenet_g3", ShuffleNet, IMAGENET)
+    for name, se in (("senet154", True), ("senet154_without_se", False)):
+        table[name] = (SENet, {"depth": 152, "form": "senet", "se": se}, IMAGENET)
     return table
 
 
 ZOO = _zoo()
+#: Names that timm has too, mostly for another network: bare, they mean timm's, and ours need their `zoo:`.
+PREFIXED = frozenset(
+    {
+        "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x4d", "vgg16_bn",
+        "inception_resnet_v2", "senet154",
+    }
+)  # fmt: skip
 
 
 def names(library: str) -> list[str]:
@@ -69,6 +107,8 @@ def _pytorchcv_models() -> dict[str, Any]:
 def resolve(ref: str, **kwargs: Any) -> ArchSpec:
     """Return the spec of an architecture reference; a bare name is looked up library by library.
 
+    The zoo comes first, except for the names in `PREFIXED`.
+
     Args:
         ref: As `--arch` takes it.
         **kwargs: Arguments of the factory, such as `num_classes`.
@@ -80,6 +120,8 @@ def resolve(ref: str, **kwargs: Any) -> ArchSpec:
     if not library:
         for candidate in LIBRARIES:
             if candidate == "pytorchcv" and importlib.util.find_spec("pytorchcv") is None:
+                continue
+            if candidate == "zoo" and name in PREFIXED:
                 continue
             if name in names(candidate):
                 return ArchSpec(ref=f"{candidate}:{name}", kwargs=kwargs)

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from se_prune.zoo.blocks import LIVE_GAIN, GateGain, SEBlock, init_convolutions
+from se_prune.zoo.blocks import LIVE_GAIN, GateGain, SEBlock, init_convolutions, require_counts
 
 
 class BasicBlock(nn.Module):
@@ -49,6 +49,7 @@ class CifarResNet(nn.Module):
         gate_gain: GateGain = LIVE_GAIN,
     ) -> None:
         super().__init__()
+        require_counts(num_classes=num_classes, in_channels=in_channels, reduction=reduction)
         if depth % 6 != 2 or depth < 8:
             raise ValueError(f"depth must be 6n + 2, got {depth}")
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)

@@ -92,6 +92,30 @@ def test_archs(place):
     assert found["arch"] == "zoo:se_resnet20"
     assert found["sites"] == 9
     assert set(found["cost"]) == {"params", "macs"}
+    assert found["paper"] is None
+
+
+def test_archs_stand_beside_what_the_paper_prints(place):
+    eight, sixteen = document("archs se_resnet50_r8")[0], document("archs se_resnet50")[0]
+    assert sixteen["cost"] == {"params": 28_088_024, "macs": 3_860_488_192}
+    assert sixteen["paper"] == {"params": 28.1e6, "macs": 3.87e9}
+    assert eight["paper"] == {"params": 30.7e6, "macs": None}
+    code, out, _ = call("archs se_resnet50")
+    assert code == 0
+    (line,) = [line.split() for line in out.splitlines() if "zoo:" in line]
+    assert line == [
+        "zoo:se_resnet50",
+        "3×224×224",
+        "16",
+        "28.09",
+        "M",
+        "28.1",
+        "M",
+        "3.860",
+        "G",
+        "3.87",
+        "G",
+    ]
 
 
 def test_analyze(analysed):

@@ -335,7 +335,10 @@ NUMBERS = {
     "depth": ({"depth": 60_000_002}, "depth=60000002"),
     "another depth": ({"depth": 2_000}, "depth=2000"),
     "text": ({"num_classes": "ten"}, "cannot be built"),
-    "division by 0": ({"reduction": 0}, "cannot be built .integer division or modulo by zero"),
+    "a reduction by 0": (
+        {"reduction": 0},
+        "cannot be built .reduction must be a whole number of at least 1, got 0",
+    ),
     "no depth": ({"depth": 21}, "cannot be built"),
     "another size": ({"num_classes": 11}, r"does not fit its architecture: size mismatch for fc\.weight"),
     "no gates": ({"se": False}, "does not fit its architecture: Unexpected key"),

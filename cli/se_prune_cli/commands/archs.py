@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from se_prune import text
 from se_prune_cli.output import Json, Output, Progressed
+
+if TYPE_CHECKING:
+    from se_prune.pipeline import Outline
+
+#: Each of the paper's figures stands right of ours.
+COLUMNS = ["architecture", "input", "sites", "params", "paper", "MACs", "paper"]
 
 
 def command(
@@ -17,14 +23,14 @@ def command(
     library: Annotated[str, typer.Option(help="zoo, timm, torchvision or pytorchcv.")] = "zoo",
     as_json: Json = False,
 ) -> None:
-    """List architectures with their gate sites, parameters and MACs (builds each: narrow it for timm)."""
+    """List architectures with their gate sites, parameters and MACs, beside the SENet paper's printed figures.
+
+    Builds each that is listed: narrow the list for timm.
+    """
     import fnmatch
 
-    from se_prune.checkpoint import open_model
-    from se_prune.cost import count_cost
     from se_prune.errors import UsageError
-    from se_prune.gates.sites import find_sites
-    from se_prune.pipeline import example_input
+    from se_prune.pipeline import outline
     from se_prune.zoo.registry import LIBRARIES, names
 
     out = Output(as_json)
@@ -40,35 +46,32 @@ def command(
     found = []
     with Progressed().stage("architectures", len(chosen)) as update:
         for name in chosen:
-            network = open_model(f"{library}:{name}")
-            preprocessing = network.header.preprocessing
-            sites = find_sites(network.module, example_input(preprocessing))
-            cost = count_cost(network.module, preprocessing, sites)
-            found.append((network.header.arch.ref, preprocessing.input_size, len(sites), cost))
+            found.append(outline(f"{library}:{name}"))
             update(1, note=name)
-    out.table(
-        f"{len(found)} architectures",
-        ["architecture", "input", "gate sites", "params", "MACs", "SE MACs"],
-        [
-            [
-                ref,
-                "×".join(map(str, size)),
-                str(sites),
-                text.scaled(c.params),
-                text.scaled(c.macs),
-                text.scaled(c.macs_se),
-            ]
-            for ref, size, sites, c in found
-        ],
-    )
-    out.document(
-        [
-            {
-                "arch": ref,
-                "input_size": list(size),
-                "sites": sites,
-                "cost": {"params": c.params, "macs": c.macs},
-            }
-            for ref, size, sites, c in found
-        ]
-    )
+    out.table(f"{len(found)} architectures", COLUMNS, [_row(each) for each in found])
+    out.document([_entry(each) for each in found])
+
+
+def _row(found: Outline) -> list[str]:
+    printed = found.printed
+    return [
+        found.arch,
+        "×".join(map(str, found.input_size)),
+        str(found.sites),
+        text.scaled(found.params),
+        text.as_printed(None if printed is None else printed.params),
+        text.scaled(found.macs),
+        text.as_printed(None if printed is None else printed.macs),
+    ]
+
+
+def _entry(found: Outline) -> dict[str, Any]:
+    printed = found.printed
+    return {
+        "arch": found.arch,
+        "input_size": list(found.input_size),
+        "sites": found.sites,
+        "cost": {"params": found.params, "macs": found.macs},
+        "macs_se": found.macs_se,
+        "paper": None if printed is None else {"params": printed.params, "macs": printed.macs},
+    }
