@@ -57,14 +57,20 @@ class _Run:
 
 
 def amp_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type: `auto` is bf16 on GPUs that have it, fp16 on older ones, none on the CPU."""
-    if settings.amp == "off" or (settings.amp == "auto" and device.type != "cuda"):
+    """Return the autocast type: `auto` is bf16 on devices that compute in it, fp16 on older GPUs, else none."""
+    if settings.amp == "off":
         return None
-    if settings.amp == "fp16":
-        return torch.float16
-    if settings.amp == "auto" and not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
+    if settings.amp != "auto":
+        return torch.float16 if settings.amp == "fp16" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_computes_bf16() else None
+
+
+def cpu_computes_bf16() -> bool:
+    """Say whether this CPU has instructions for bf16; without them bf16 is slower than float32."""
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 has no such list
+    return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -125,11 +131,12 @@ def fit(
         make_folder(resume)
         done = load_state(resume, fingerprint, modules, optimizer)
     asked = None if teacher is None else Teacher(teacher, layout)
-    plain = device.type == "cpu" and amp_dtype(settings, device) is None
-    if asked is not None and plain and isinstance(split, TensorImages):
-        asked.prepare(split, settings, preprocessing)
+    amp = amp_dtype(settings, device)
+    if asked is not None and device.type == "cpu" and isinstance(split, TensorImages):
+        with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
+            asked.prepare(split, settings, preprocessing)
     forward = torch.compile(model) if settings.compile else model
-    run = _Run(model, asked, settings, device, amp_dtype(settings, device), forward)  # type: ignore[arg-type]
+    run = _Run(model, asked, settings, device, amp, forward)  # type: ignore[arg-type]
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
     result = TrainResult(steps=done, loss=float("nan"), train_top1=float("nan"))
     for epoch in range(done // steps_per_epoch, settings.epochs):
