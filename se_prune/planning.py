@@ -19,7 +19,7 @@ from se_prune.records import Budget, Coupling, GroupPlan, LayerCost, Plan, Score
 #: A group keeps at least this share of its channels, whatever the scores say.
 FLOOR_SHARE = 1 / 16
 #: Exponent of a channel's MACs in a step's price; 0 ignores the cost, 1 is score per MAC. Chosen on held-out
-#: training images of both bundled networks (`reports/allocation.md`).
+#: training images of both bundled networks (`reports/scores.md`).
 COST_POWER = 0.75
 
 

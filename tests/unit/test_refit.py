@@ -9,6 +9,7 @@ from torch import nn
 from se_prune.channels import couplings
 from se_prune.data.batches import TensorImages
 from se_prune.errors import DataError
+from se_prune.gates import moments
 from se_prune.gates.sites import find_sites
 from se_prune.records import Budget, GroupPlan, Plan, Preprocessing
 from se_prune.surgery import refit as module_under_test
@@ -189,7 +190,7 @@ def test_a_module_that_runs_twice_keeps_its_weights():
 
 def test_the_batch_size_and_the_chunks_do_not_matter(plain, monkeypatch):
     _, whole, _ = run(plain, (0, 3), images())
-    monkeypatch.setattr(module_under_test, "PATCH_ELEMENTS", 1)
+    monkeypatch.setattr(moments, "PATCH_ELEMENTS", 1)
     _, parts, _ = run(plain, (0, 3), images(), batch_size=7)
     torch.testing.assert_close(parts.b.weight, whole.b.weight, rtol=0, atol=1e-5)
 

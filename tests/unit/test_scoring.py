@@ -13,71 +13,20 @@ from torch import nn
 from se_prune.channels import couplings, layer_costs
 from se_prune.cost import count_cost
 from se_prune.errors import UsageError
-from se_prune.gates.energies import collect_energies
-from se_prune.gates.sites import find_sites
-from se_prune.gates.statistics import collect
 from se_prune.planning import make_plan
 from se_prune.records import Budget, Preprocessing
-from se_prune.scoring import CRITERIA, Evidence, excitation, score
+from se_prune.scoring import CRITERIA, Evidence, score
 from se_prune.scoring.registry import criterion, find, load_all
+from se_prune.scoring.signal import describe
 from tests.built import lively
+from tests.evidence import Tensors, data, evidence, measured
 from tests.nets import ALL, DEPTHWISE, RESIDUAL, ConvSE
 
 load_all()
 CPU = torch.device("cpu")
-NAMES = ("random", "l1", "l2", "bn-scale", "fpgm", "lamp", "taylor", "hessian", "excitation")
+GATES = ("gate-energy", "gate-obs", "gate-fisher", "gate-mean", "excitation")
+NAMES = ("random", "l1", "l2", "bn-scale", "fpgm", "lamp", "taylor", "hessian", *GATES)
 FIXED = tuple(name for name in NAMES if name != "random")
-
-
-class Tensors:
-    """Float images as a split whose batches are as given."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def batches(self, batch_size, _=None):
-        yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
-
-
-def data(size, classes, n=14):
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randn(n, *size, generator=generator) * torch.linspace(0.3, 2, n).view(-1, 1, 1, 1)
-    return Tensors(images, torch.arange(n) % classes)
-
-
-def evidence(model, size, classes, split=None):
-    """Measure a network on random images of its size."""
-    split = split or data(size, classes)
-    preprocessing = Preprocessing(input_size=size, mean=(0.0,) * size[0], std=(1.0,) * size[0])
-    example = split.images[:1]
-    sites = find_sites(model, example)
-    names = [str(i) for i in range(classes)]
-    return Evidence(
-        model=model,
-        example=example,
-        sites=sites,
-        couplings=couplings(model, example, sites),
-        seed=0,
-        device=CPU,
-        statistics=collect(model, sites, split, preprocessing, classes=names, device=CPU),
-        energies=collect_energies(model, split, preprocessing, classes=classes, device=CPU),
-        batches=lambda: split.batches(4),
-    )
-
-
-def measured(facts, change=None):
-    torch.manual_seed(0)
-    model = lively(facts.build(), facts.preprocessing)
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if name.endswith(("reduce", "fc.0")):
-                module.weight.abs_()  # no hidden unit is dead
-        if change is not None:
-            change(model)
-    return evidence(model, facts.input_size, facts.classes)
 
 
 def plan_of(have, scores, value):
@@ -90,7 +39,7 @@ def plan_of(have, scores, value):
 
 def test_the_criteria_are_these():
     assert set(CRITERIA) == set(NAMES)
-    assert {n for n, c in CRITERIA.items() if c.comparable} == {"excitation"}
+    assert {n for n, c in CRITERIA.items() if c.comparable} == set(GATES) - {"gate-mean"}
     assert all(c.summary and c.name == n for n, c in CRITERIA.items())
 
 
@@ -100,7 +49,7 @@ def test_scores_are_finite_and_of_every_group(name, facts):
     have = measured(facts)
     state = {key: value.clone() for key, value in have.model.state_dict().items()}
     result = score(name, have)
-    assert (result.criterion, result.comparable) == (name, name == "excitation")
+    assert (result.criterion, result.comparable) == (name, name in GATES and name != "gate-mean")
     assert {k: len(v) for k, v in result.groups.items()} == {k: c for k, (_, c) in facts.groups.items()}
     assert all(math.isfinite(v) and v >= 0 for values in result.groups.values() for v in values)
     assert any(len(set(values)) == len(values) for values in result.groups.values())
@@ -139,7 +88,7 @@ def bn(x, norm):
 
 
 @torch.no_grad()
-def test_excitation_is_the_share_of_recalibrated_energy_by_hand():
+def test_gate_energy_is_the_share_of_recalibrated_energy_by_hand():
     model = chain()
     have = evidence(model, (2, 6, 6), 3)
     x = data((2, 6, 6), 3).images
@@ -172,7 +121,7 @@ def test_excitation_is_the_share_of_recalibrated_energy_by_hand():
         sum(float(model.se.expand.weight[c, j, 0, 0]) ** 2 for c in range(4)) * float((h[:, j] ** 2).mean())
         for j in range(2)
     ]
-    groups = score("excitation", have).groups
+    groups = score("gate-energy", have).groups
     assert set(groups) == {"a", "b", "se.reduce"}
     assert groups["a"] == pytest.approx(inner, rel=1e-4)
     assert groups["b"] == pytest.approx([g / sum(gated) for g in gated], rel=1e-4)
@@ -197,7 +146,7 @@ class Stream(nn.Module):
 
 
 @torch.no_grad()
-def test_excitation_measures_a_residual_branch_against_its_stream():
+def test_gate_energy_measures_a_residual_branch_against_its_stream():
     torch.manual_seed(2)
     model = lively(Stream(), Preprocessing(input_size=(2, 4, 4), mean=(0.0,) * 2, std=(1.0,) * 2))
     have = evidence(model, (2, 4, 4), 2)
@@ -217,7 +166,7 @@ def test_excitation_measures_a_residual_branch_against_its_stream():
     own1 = float((model.bn1.weight**2 + model.bn1.bias**2).sum())
     read1 = (gain1[:, None] * model.conv1.weight[:, :, 0, 0].double() ** 2).sum(0) * energy(stem) / own1
     read2 = (model.head.weight[:, :, 0, 0].double() ** 2).sum(0) * energy(x)
-    groups = score("excitation", have).groups
+    groups = score("gate-energy", have).groups
     assert groups["conv1"] == pytest.approx(inner, rel=1e-4)
     assert groups["stem"] == pytest.approx((read1 + read2 / read2.sum()).tolist(), rel=1e-4)
 
@@ -234,29 +183,29 @@ def no_activation(model):
 @pytest.mark.parametrize("change", [no_consumer, no_activation])
 def test_a_channel_that_nothing_reads_or_that_is_never_on_leaves_first(change):
     have = measured(RESIDUAL, change)
-    scores = score("excitation", have)
+    scores = score("gate-energy", have)
     assert scores.groups["blocks.0.conv1"][2] == 0
     wide = [v for name, values in scores.groups.items() if "se" not in name for v in values]
     assert wide.count(0) == 1
     plan = plan_of(have, scores, 1 / 16)
     assert {g.name: g.removed for g in plan.groups if g.removed} == {"blocks.0.conv1": (2,)}
     before = measured(RESIDUAL)
-    other = plan_of(before, score("excitation", before), 1 / 16)
+    other = plan_of(before, score("gate-energy", before), 1 / 16)
     assert {g.name: g.removed for g in other.groups if g.removed} != {"blocks.0.conv1": (2,)}
 
 
 def test_a_gated_channel_that_nothing_reads_scores_zero():
     have = measured(DEPTHWISE, lambda model: model.blocks[1].pw.weight[:, 5].zero_())
-    scores = score("excitation", have).groups["blocks.0.pw"]
+    scores = score("gate-energy", have).groups["blocks.0.pw"]
     assert scores[5] == 0
     assert sum(v == 0 for v in scores) == 1
 
 
-def test_excitation_without_statistics_takes_gates_of_one():
+def test_gate_energy_without_statistics_takes_gates_of_one():
     have = measured(DEPTHWISE)
-    with_gates = score("excitation", have).groups
+    with_gates = score("gate-energy", have).groups
     have.statistics = None
-    without = score("excitation", have).groups
+    without = score("gate-energy", have).groups
     # `stem` is read by a layer whose output is gated; `blocks.1.pw` by the classifier, which no gate scales.
     assert with_gates["stem"] != pytest.approx(without["stem"], rel=1e-6)
     assert with_gates["blocks.1.pw"] == without["blocks.1.pw"]
@@ -404,7 +353,8 @@ def test_an_unknown_criterion_names_the_nearest_and_all(word, meant):
 
 
 @pytest.mark.parametrize(
-    ("name", "missing"), [("taylor", "batches"), ("hessian", "batches"), ("excitation", "energies")]
+    ("name", "missing"),
+    [("taylor", "batches"), ("hessian", "batches"), ("excitation", "energies"), ("excitation", "batches")],
 )
 def test_criteria_that_measure_images_ask_for_them(name, missing):
     have = measured(RESIDUAL)
@@ -429,7 +379,7 @@ def test_a_name_is_registered_once():
 
 def test_the_energy_of_a_stream_is_read_before_the_pool():
     have = measured(RESIDUAL)
-    described = excitation._describe(have, have.statistics, have.energies)
+    described = describe(have)
     stream = next(c for c in have.couplings if c.group.kind == "stream")
     linear = {name for name, module in have.model.named_modules() if isinstance(module, nn.Linear)}
     assert linear & set(stream.layers("in"))  # the classifier reads it too
