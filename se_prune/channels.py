@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from torch import nn
 
 from se_prune.artifact import CONV_TYPES, NORM_TYPES
 from se_prune.errors import SurgeryError
+from se_prune.gates.shuffles import shuffled_layers
+from se_prune.gates.trace import trace
 from se_prune.records import ChannelGroup, Coupling, GateSite, GroupKind, LayerCost, LayerSlice
 
 OUT_FNS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
@@ -103,7 +106,8 @@ def couplings(model: nn.Module, example: torch.Tensor, sites: Sequence[GateSite]
     graph = _graph(model, example)
     groups = _tp_groups(graph, names, _expands(sites))
     order = {name: position for position, name in enumerate(names.values())}
-    found = [_coupling(graph, group, names, sites) for group in groups]
+    shuffled = shuffled_layers(trace(model, example))
+    found = [_coupling(graph, group, names, sites, shuffled) for group in groups]
     return tuple(sorted(found, key=lambda c: order[c.group.name]))
 
 
@@ -111,7 +115,13 @@ def _expands(sites: Sequence[GateSite]) -> set[str]:
     return {site.expand for site in sites if site.expand is not None}
 
 
-def _coupling(graph: Any, group: Any, names: Mapping[nn.Module, str], sites: Sequence[GateSite]) -> Coupling:
+def _coupling(
+    graph: Any,
+    group: Any,
+    names: Mapping[nn.Module, str],
+    sites: Sequence[GateSite],
+    shuffled: Collection[str],
+) -> Coupling:
     slices: list[LayerSlice] = []
     reasons: list[str] = []
     modules: dict[str, nn.Module] = {}
@@ -132,9 +142,12 @@ def _coupling(graph: Any, group: Any, names: Mapping[nn.Module, str], sites: Seq
         slices.append(
             LayerSlice(layer=names[module], role=role, index=tuple(map(int, item.idxs)), root=tuple(root))
         )
+    if any(piece.role == "out" and piece.layer in shuffled for piece in slices):
+        reasons.append("a channel shuffle reorders its channels")
     channels = len(group[0].idxs)
-    reasons += _refusals(slices, modules)
-    if not reasons and not _independent(graph, group, names, slices):
+    tied = _tied(channels, slices, modules)
+    reasons += _refusals(slices, modules, channels, tied)
+    if not reasons and not _independent(graph, group, names, slices, tied):
         reasons.append("some of its channels take others along")
     info = ChannelGroup(
         name=names[group[0].dep.target.module],
@@ -144,23 +157,36 @@ def _coupling(graph: Any, group: Any, names: Mapping[nn.Module, str], sites: Seq
         site=_site_of(slices, sites),
         prunable=not reasons,
         reason=reasons[0] if reasons else None,
+        tied=tied,
     )
     return Coupling(group=info, slices=tuple(slices))
 
 
+def _tied(channels: int, slices: Sequence[LayerSlice], modules: Mapping[str, nn.Module]) -> int:
+    """Return how many channels leave together: a grouped convolution must lose as many of each of its groups."""
+    units = channels
+    for piece in slices:
+        module = modules[piece.layer]
+        if piece.role != "channelwise" and isinstance(module, CONV_TYPES) and module.groups > 1:
+            units = math.gcd(units, len(piece.index) // module.groups)
+    return channels // units
+
+
 def _independent(
-    graph: Any, group: Any, names: Mapping[nn.Module, str], slices: Sequence[LayerSlice]
+    graph: Any, group: Any, names: Mapping[nn.Module, str], slices: Sequence[LayerSlice], tied: int
 ) -> bool:
     """Say whether random halves of the channels touch exactly what the slices say of them.
 
     Where each channel takes another along, one half of n channels shows none of it with a chance of 2^(-n/2);
-    few channels are therefore halved more often. What is missed here, `verify` refuses.
+    few channels are therefore halved more often. What is missed here, `verify` refuses. Of channels that leave
+    together (`tied`), all or none are taken.
     """
-    root, channels = group[0].dep.target.module, len(group[0].idxs)
+    root, channels = group[0].dep.target.module, len(group[0].idxs) // tied
     prune = graph.get_pruner_of_module(root).prune_out_channels
     generator = torch.Generator().manual_seed(0)
     for _ in range(max(1, 32 // channels) if channels > 1 else 0):
-        half = torch.randperm(channels, generator=generator)[: channels // 2].tolist()
+        units = torch.randperm(channels, generator=generator)[: channels // 2].tolist()
+        half = [u + channels * i for u in units for i in range(tied)]
         found: dict[tuple[str, str], set[int]] = {}
         for item in graph.get_pruning_group(root, prune, sorted(half)).items:
             module = item.dep.target.module
@@ -192,14 +218,19 @@ def _role(module: nn.Module, handler: Any) -> Literal["out", "in", "channelwise"
     return "in" if handler in IN_FNS else None
 
 
-def _refusals(slices: Sequence[LayerSlice], modules: Mapping[str, nn.Module]) -> list[str]:
+def _refusals(
+    slices: Sequence[LayerSlice], modules: Mapping[str, nn.Module], channels: int, tied: int
+) -> list[str]:
     reasons = []
     if not any(s.role == "in" for s in slices):
         reasons.append("output layer")
     for piece in slices:
         module = modules[piece.layer]
-        if isinstance(module, CONV_TYPES) and module.groups > 1 and piece.role != "channelwise":
-            reasons.append(f"{piece.layer} is a grouped convolution")
+        grouped = isinstance(module, CONV_TYPES) and module.groups > 1 and piece.role != "channelwise"
+        if grouped and (piece.index != piece.root or len(piece.index) != channels):
+            reasons.append(f"{piece.layer} is a grouped convolution of a concatenation")
+        elif grouped and tied == channels:
+            reasons.append(f"the groups of {piece.layer} have one channel each")
         if -1 in piece.root:
             reasons.append(f"the channels of {piece.layer} do not map one to one")
     return reasons

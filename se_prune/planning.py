@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from se_prune.errors import BudgetError, UsageError
-from se_prune.records import Budget, Coupling, GroupPlan, LayerCost, Plan, Scores
+from se_prune.records import Budget, ChannelGroup, Coupling, GroupPlan, LayerCost, Plan, Scores
 
 #: A group keeps at least this share of its channels, whatever the scores say.
 FLOOR_SHARE = 1 / 16
@@ -146,8 +146,7 @@ def _problem(
         couplings=chosen,
         layers=list(layers.values()),
         options=[
-            _options(c.group.channels, 1 if c.group.kind == "hidden" else round_to, min_channels)
-            for c in chosen
+            _options(c.group, 1 if c.group.kind == "hidden" else round_to, min_channels) for c in chosen
         ],
         leader=leader,
     )
@@ -164,9 +163,10 @@ def _leader(coupling: Coupling, couplings: Sequence[Coupling]) -> int | None:
     return None
 
 
-def _options(channels: int, round_to: int, min_channels: int) -> tuple[int, ...]:
-    floor = min(channels, max(min_channels, math.ceil(channels * FLOOR_SHARE)))
-    inner = [k for k in range(channels - 1, floor - 1, -1) if k % round_to == 0]
+def _options(group: ChannelGroup, round_to: int, min_channels: int) -> tuple[int, ...]:
+    channels, tied = group.channels, group.tied
+    floor = min(channels, max(min_channels, tied, math.ceil(channels * FLOOR_SHARE)))
+    inner = [k for k in range(channels - tied, floor - 1, -tied) if k % round_to == 0]
     return (channels, *inner)
 
 
@@ -218,8 +218,14 @@ def _target(problem: _Problem, budget: Budget, full: Sequence[int]) -> float:
     return fraction * _measure(problem, budget, full) + 1e-6
 
 
-def _normalised(scores: Scores, name: str) -> list[float]:
-    values = list(scores.groups[name])
+def _units(values: Sequence[float], tied: int) -> list[float]:
+    """Return the mean score of the channels that leave together, per unit: unit u holds u, u + units, and so on."""
+    units = len(values) // tied
+    return [sum(values[u::units]) / tied for u in range(units)]
+
+
+def _normalised(scores: Scores, group: ChannelGroup) -> list[float]:
+    values = _units(scores.groups[group.name], group.tied)
     if scores.comparable:
         return values
     mean = sum(values) / len(values)
@@ -237,7 +243,7 @@ def _steps(problem: _Problem, scores: Scores) -> list[tuple[float, int, int]]:
     for number, coupling in enumerate(problem.couplings):
         if coupling.group.kind == "hidden":
             continue
-        ordered = sorted(_normalised(scores, coupling.group.name))
+        ordered = [v for v in sorted(_normalised(scores, coupling.group)) for _ in range(coupling.group.tied)]
         saving = _saving(problem, number) ** COST_POWER if scores.comparable else 1.0
         total = sum(ordered)
         left, highest = total, -math.inf
@@ -317,9 +323,10 @@ def _plan(
     plans = []
     for number, coupling in enumerate(problem.couplings):
         group = coupling.group
-        values = scores.groups[group.name]
-        order = sorted(range(group.channels), key=lambda i: (values[i], i))
-        removed = tuple(sorted(order[: group.channels - widths[number]]))
+        values = _units(scores.groups[group.name], group.tied)
+        order = sorted(range(len(values)), key=lambda u: (values[u], u))
+        gone = order[: (group.channels - widths[number]) // group.tied]
+        removed = tuple(sorted(i for u in gone for i in range(u, group.channels, len(values))))
         note = _note(problem, number, widths[number], round_to)
         plans.append(
             GroupPlan(name=group.name, kind=group.kind, channels=group.channels, removed=removed, note=note)
@@ -345,5 +352,7 @@ def _note(problem: _Problem, number: int, width: int, round_to: int) -> str | No
             "follows the channels it gates" if problem.leader[number] is not None else "gates uncut channels"
         )
     if len(options) == 1:
+        if problem.couplings[number].group.tied > 1:
+            return "its grouped convolutions cannot be narrower"
         return f"too narrow for multiples of {round_to}" if round_to > 1 else "at its floor already"
     return "at its floor" if width == options[-1] else None

@@ -96,7 +96,8 @@ class ChannelGroup:
     """Channels that must leave together, `channels` of them; `name` is the first layer that makes them.
 
     `site` is the gate site that scales a gated group or owns a hidden one. `reason` says why a group
-    cannot be cut (`prunable` False).
+    cannot be cut (`prunable` False). Where `tied` > 1, channel i leaves together with i + channels / tied,
+    i + 2 · channels / tied, …: grouped convolutions keep as many channels in each of their groups.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -107,6 +108,7 @@ class ChannelGroup:
     site: str | None = None
     prunable: bool = True
     reason: str | None = None
+    tied: int = 1
 
 
 @record

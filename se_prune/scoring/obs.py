@@ -7,7 +7,8 @@ the energy of the signal that the outputs are a part of, it is in the unit of `g
 the cheapest of all consumers' sums first; H⁻¹ and W follow each removal, so that a channel whose twin has left is
 dear. The score is the loss at the removal, never below an earlier one's.
 
-Consumers whose inputs are no plain rows (grouped convolutions) and hidden units are scored by energy.
+Channels that leave together (`ChannelGroup.tied`) are removed as one and share the loss. Consumers whose inputs are no
+plain rows (grouped convolutions) and hidden units are scored by energy.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ STEPS = 64
 
 @dataclass(slots=True, kw_only=True)
 class _Consumer:
-    """H⁻¹ (I, I), weights (I, O) in units of the signal, and the inputs of each channel (C, K)."""
+    """H⁻¹ (I, I), weights (I, O) as shares of the signal, and the inputs of each unit of channels (U, K)."""
 
     inverse: torch.Tensor
     weights: torch.Tensor
     inputs: torch.Tensor
 
-    def losses(self, channels: torch.Tensor) -> torch.Tensor:
-        """Return the loss with each of some channels (n,) alone."""
-        chosen = self.inputs[channels]  # (n, K)
+    def losses(self, units: torch.Tensor) -> torch.Tensor:
+        """Return the loss with each of some units (n,) alone."""
+        chosen = self.inputs[units]  # (n, K)
         own = self.inverse[chosen[:, :, None], chosen[:, None, :]]
         weights = self.weights[chosen]
         fitted: torch.Tensor = torch.linalg.solve(own, weights)
         return (weights * fitted).sum((1, 2))
 
-    def remove(self, channels: torch.Tensor) -> float:
-        """Remove channels, re-fit the others, and return the loss."""
-        chosen = self.inputs[channels].flatten()
+    def remove(self, units: torch.Tensor) -> float:
+        """Remove units, re-fit the others, and return the loss."""
+        chosen = self.inputs[units].flatten()
         columns = self.inverse[:, chosen]
         weights = self.weights[chosen]
         step = torch.linalg.solve(columns[chosen], torch.cat([weights, columns.T], 1))
@@ -94,31 +95,37 @@ def _grams(evidence: Evidence, signal: Signal, wanted: Sequence[Coupling]) -> di
 
 def _scores(coupling: Coupling, signal: Signal, grams: dict[str, torch.Tensor]) -> tuple[float, ...]:
     """Return the loss at each channel's removal (C,)."""
-    count = coupling.group.channels
-    fixed = torch.zeros(count, dtype=torch.float64)
+    count, tied = coupling.group.channels, coupling.group.tied
+    by_channel = torch.zeros(count, dtype=torch.float64)
     consumers = []
     for piece in signal.consumers(coupling):
         if coupling.group.kind != "hidden" and piece.layer in grams and _is_even(piece, count):
-            consumers.append(_consumer(piece, count, signal, grams[piece.layer]))
+            consumers.append(_consumer(piece, count // tied, signal, grams[piece.layer]))
         else:
-            add_energy(fixed, piece, signal)
+            add_energy(by_channel, piece, signal)
     if not consumers:
-        return tuple(fixed.tolist())
+        return tuple(by_channel.tolist())
+    fixed = by_channel.view(tied, -1).sum(0)
+    return tuple((_greedy(fixed, consumers) / tied).repeat(tied).tolist())
+
+
+def _greedy(fixed: torch.Tensor, consumers: Sequence[_Consumer]) -> torch.Tensor:
+    """Return the loss at the removal of each of U units, `fixed` (U,) and that of the consumers."""
     scores, reached = fixed.clone(), 0.0
-    left = torch.arange(count)
+    left = torch.arange(len(fixed))
     while len(left):
         alone = fixed[left] + sum(consumer.losses(left).cpu() for consumer in consumers)
         order = alone.argsort(stable=True)
-        going = order[: max(1, count // STEPS)]
-        channels = left[going]
-        together = float(fixed[channels].sum()) + sum(consumer.remove(channels) for consumer in consumers)
-        reached = max(reached, together / len(channels))
-        scores[channels] = reached
+        going = order[: max(1, len(fixed) // STEPS)]
+        units = left[going]
+        together = float(fixed[units].sum()) + sum(consumer.remove(units) for consumer in consumers)
+        reached = max(reached, together / len(units))
+        scores[units] = reached
         left = left[order[len(going) :].sort().values]
-    return tuple(scores.tolist())
+    return scores
 
 
-def _consumer(piece: LayerSlice, count: int, signal: Signal, gram: torch.Tensor) -> _Consumer:
+def _consumer(piece: LayerSlice, units: int, signal: Signal, gram: torch.Tensor) -> _Consumer:
     module = signal.modules[piece.layer]
     assert isinstance(module, LAYER_TYPES)
     second, mean = gram[:-1, :-1] / gram[-1, -1], gram[:-1, -1:] / gram[-1, -1]
@@ -133,7 +140,7 @@ def _consumer(piece: LayerSlice, count: int, signal: Signal, gram: torch.Tensor)
     return _Consumer(
         inverse=torch.linalg.inv(second + ridge * torch.eye(len(second)).to(second)),
         weights=weights * (gain / max(whole, 1e-30)).sqrt(),
-        inputs=_inputs(piece, count, module),
+        inputs=_inputs(piece, units, module),
     )
 
 
@@ -143,10 +150,10 @@ def _is_even(piece: LayerSlice, count: int) -> bool:
     return len(times) == count and bool((times == times[0]).all())
 
 
-def _inputs(piece: LayerSlice, count: int, module: nn.Module) -> torch.Tensor:
-    """Return which inputs of a layer each channel of the group makes (C, K)."""
+def _inputs(piece: LayerSlice, units: int, module: nn.Module) -> torch.Tensor:
+    """Return which inputs of a layer each of U units makes (U, K)."""
     assert isinstance(module, LAYER_TYPES)
     kernel = module.weight[0, 0].numel()
-    index, root = torch.tensor(piece.index), torch.tensor(piece.root)
-    channels = index[root.argsort(stable=True)].view(count, -1)
+    index, unit = torch.tensor(piece.index), torch.tensor(piece.root) % units
+    channels = index[unit.argsort(stable=True)].view(units, -1)
     return (channels[:, :, None] * kernel + torch.arange(kernel)).flatten(1)

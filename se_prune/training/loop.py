@@ -69,7 +69,9 @@ def amp_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype | No
 
 def cpu_computes_bf16() -> bool:
     """Say whether this CPU has instructions for bf16; without them bf16 is slower than float32."""
-    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 has no such list
+    able: dict[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # torch before 2.11 has no such list
     return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
