@@ -12,6 +12,7 @@ from torch import nn
 
 from se_prune.errors import CheckpointError, UsageError, nearest
 from se_prune.records import ArchSpec, Preprocessing
+from se_prune.zoo import linear_gate
 from se_prune.zoo.mobilenet import MobileNet
 from se_prune.zoo.resnet import CifarResNet
 
@@ -32,6 +33,11 @@ def _zoo() -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Preproce
         table[f"{prefix}mobilenet"] = (MobileNet, {"se": se}, IMAGENET)
         small = {"width": 0.25, "small_input": True, "reduction": 8, "min_hidden": 4, "se": se, **SMALL}
         table[f"{prefix}mobilenet_x025"] = (MobileNet, small, FASHION)
+    for depth in linear_gate.DEPTHS:
+        table[f"{linear_gate.PREFIX}{depth}"] = (linear_gate.linear_se_resnet, {"depth": depth}, IMAGENET)
+    for depth in linear_gate.CIFAR_DEPTHS:
+        entry = (linear_gate.linear_se_cifar, {"depth": depth}, linear_gate.CIFAR)
+        table[f"{linear_gate.PREFIX}{depth}"] = entry
     return table
 
 
