@@ -18,9 +18,7 @@ PREFIX = "moskomule_se_resnet"
 REDUCTION = 16
 DEPTHS = (18, 34, 50, 101, 152)
 CIFAR_DEPTHS = (20, 32, 56)
-CIFAR = Preprocessing(
-    input_size=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
-)
+CIFAR = Preprocessing(input_size=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
 class LinearSE(nn.Module):
@@ -77,6 +75,6 @@ def reduction_of(shapes: Mapping[str, torch.Size]) -> int:
     ratios = {
         shape[1] // shape[0]
         for key, shape in shapes.items()
-        if key.endswith(".se.fc.0.weight") and len(shape) == 2 and shape[0]
+        if key.endswith(".se.fc.0.weight") and len(shape) == 2 and 0 < shape[0] <= shape[1]
     }
     return min(ratios, default=REDUCTION)
