@@ -1,16 +1,17 @@
 """Opening a network: our artifact, somebody else's checkpoint file, or an architecture by name.
 
-Of a foreign file `foreign` reads the tensors alone. Its class count and input channels are read from its last
-and first layers; everything else must fit the named architecture exactly.
+Of a foreign file `foreign` reads the tensors alone, and `recognise` tells the architecture where nobody names it. Its
+class count and input channels are read from its last and first layers; everything else must fit exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,21 @@ from torch import nn
 from se_prune import artifact
 from se_prune.artifact import Network
 from se_prune.errors import CheckpointError, UsageError, nearest
-from se_prune.foreign import check_values, differences, first_line, read_start, read_weights, renamed
+from se_prune.foreign import (
+    SUFFIXES,
+    check_values,
+    differences,
+    first_line,
+    read_start,
+    read_weights,
+    renamed,
+)
+from se_prune.recognise import adapted, head_of, outputs, recognise, stem_of, stored_sizes
 from se_prune.records import ArchSpec, ArtifactHeader, HistoryEntry, Preprocessing
 from se_prune.zoo import registry
 
-SUFFIXES = frozenset({".pth", ".pt", ".pkl", ".bin", ".tar", ".ckpt", ".safetensors"})
+#: Says at level WARNING what was assumed of a file: its architecture, and which of its weights were taken.
+LOG = logging.getLogger(__name__)
 WEIGHTS = Path(registry.__file__).parent / "weights"
 
 
@@ -35,6 +46,7 @@ def open_model(
     num_classes: int | None = None,
     in_channels: int | None = None,
     pretrained: bool = False,
+    ema: bool = False,
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -43,16 +55,18 @@ def open_model(
 
     Args:
         ref: An artifact, a checkpoint file, or an architecture reference.
-        arch: The architecture of a foreign checkpoint; for an artifact it must be the artifact's own.
+        arch: The architecture of a foreign checkpoint, recognised by its tensors where None and then logged as a
+            warning; for an artifact it must be the artifact's own.
         num_classes: The class count; read from a checkpoint's last layer where None.
         in_channels: The input channels; read from a checkpoint's first convolution where None.
         pretrained: For an architecture reference, the library's own weights instead of random ones.
+        ema: For a checkpoint, the running average of its training instead of the weights of the last step.
         input_size: (C, H, W) or (H, W), instead of the network's own.
         mean: Mean of pixels in [0, 1] per channel, instead of the network's own.
         std: Standard deviation of pixels in [0, 1] per channel, instead of the network's own.
 
     Raises:
-        UsageError: An option is wrong, or does not go with this MODEL.
+        UsageError: An option is wrong or does not go with this MODEL, or the file's architecture is not recognised.
         CheckpointError: The file is missing, broken, unsafe, or does not fit its architecture.
     """
     sizes = _asked_sizes(num_classes, in_channels)
@@ -63,13 +77,14 @@ def open_model(
             raise UsageError(
                 f"{ref} is an architecture already, so --arch {arch} does not go with it; drop one."
             )
+        _require_no_ema(ema, ref)
         network = _open_arch(registry.resolve(ref, **sizes), pretrained)
     elif pretrained:
         raise UsageError(
             f"--pretrained goes with an architecture, but {ref} is a file; leave --pretrained out."
         )
     else:
-        network = _open_file(path, arch, sizes)
+        network = _open_file(path, arch, sizes, ema)
     preprocessing = override(network.header.preprocessing, input_size=input_size, mean=mean, std=std)
     network.module.eval()
     if input_size is not None:
@@ -77,6 +92,13 @@ def open_model(
     return Network(
         module=network.module, header=dataclasses.replace(network.header, preprocessing=preprocessing)
     )
+
+
+def _require_no_ema(ema: bool, ref: str) -> None:
+    if ema:
+        raise UsageError(
+            f"--ema goes with a checkpoint that holds two sets of weights; leave it out for {ref}."
+        )
 
 
 def _asked_sizes(num_classes: int | None, in_channels: int | None) -> dict[str, int]:
@@ -97,7 +119,7 @@ def _file_of(ref: str) -> Path | None:
     if ref.partition(":")[0] in registry.LIBRARIES:
         return None
     path = Path(ref)
-    path_like = "/" in ref or os.sep in ref or path.suffix.lower() in SUFFIXES
+    path_like = "/" in ref or os.sep in ref or path.suffix.lower() in SUFFIXES | {".zip"}
     try:
         if path.is_file():
             return path
@@ -138,7 +160,7 @@ def _open_arch(spec: ArchSpec, pretrained: bool) -> Network:
 
 def _header(spec: ArchSpec, module: nn.Module, entry: HistoryEntry) -> ArtifactHeader:
     known = spec
-    stem = _stem(module)
+    stem = stem_of(module)
     if spec.ref.partition(":")[0] not in registry.LIBRARIES and stem is not None:
         # A user's factory says nothing about its input; its first convolution does.
         known = dataclasses.replace(spec, kwargs={"in_channels": stem[1].in_channels, **spec.kwargs})
@@ -194,22 +216,34 @@ def _pretrained(spec: ArchSpec, library: str, name: str) -> nn.Module:
 # Files.
 
 
-def _open_file(path: Path, arch: str | None, sizes: dict[str, int]) -> Network:
+def _open_file(path: Path, arch: str | None, sizes: dict[str, int], ema: bool) -> Network:
     start = read_start(path)
     if artifact.is_artifact(path):
+        _require_no_ema(ema, str(path))
         return _open_artifact(path, arch, sizes)
-    state = read_weights(path, start)
+    weights = read_weights(path, start, ema=ema)
+    check_values(weights.tensors, path)
+    ref = recognise(weights, str(path)) if arch is None else arch
+    spec, module = _fitted(path, registry.resolve(ref, **sizes), weights.tensors, sizes)
+    details: dict[str, Any] = {"file": path.name, "sha256": _digest(path)}
     if arch is None:
-        raise UsageError(
-            f"{path} does not say its architecture; add --arch, such as --arch timm:seresnet50 "
-            "(`se-prune archs` lists them)."
-        )
-    check_values(state, path)
-    spec, module = _fitted(path, registry.resolve(arch, **sizes), state, sizes)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    entry = HistoryEntry(stage="opened", details={"file": path.name, "sha256": digest})
+        details["arch"] = f"{spec.ref}, recognised by the tensors"
+        head = head_of(module)
+        classes = "" if head is None else f" with {outputs(head[1])} classes"
+        LOG.warning("%s has the tensors of %s%s; --arch overrules this.", path, spec.ref, classes)
+    if weights.averaged:
+        details["weights"] = "average"
+    if weights.average_beside:
+        LOG.warning("%s holds averaged weights as well; --ema opens those.", path)
+    if weights.averaged and not ema:
+        LOG.warning("%s holds averaged weights alone; they were opened.", path)
+    entry = HistoryEntry(stage="opened", details=details)
     return Network(module=module, header=_header(spec, module, entry))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_artifact(path: Path, arch: str | None, sizes: Mapping[str, int]) -> Network:
@@ -227,10 +261,10 @@ def _open_artifact(path: Path, arch: str | None, sizes: Mapping[str, int]) -> Ne
 
 def _require_sizes(network: Network, asked: Mapping[str, Any], what: str) -> None:
     """Refuse a class count or input channels other than a trained network has."""
-    head = _head(network.module)
+    head = head_of(network.module)
     own = {"in_channels": network.header.preprocessing.input_size[0]}
     if head is not None:
-        own["num_classes"] = _outputs(head[1])
+        own["num_classes"] = outputs(head[1])
     for name, value in own.items():
         if asked.get(name, value) != value:
             raise CheckpointError(_disagreement(what, name, value, asked[name]))
@@ -248,10 +282,11 @@ def _fitted(
     path: Path, spec: ArchSpec, state: Mapping[str, torch.Tensor], asked: Mapping[str, int]
 ) -> tuple[ArchSpec, nn.Module]:
     """Build the architecture in the checkpoint's sizes and load it strictly."""
+    spec = adapted(spec, state)
     module = registry.build(spec)
     state = renamed(state, module.state_dict().keys())
     found = {}
-    for name, built, stored in _sizes(module, state):
+    for name, built, stored in stored_sizes(module, state):
         if stored != built and name in asked:
             raise CheckpointError(_disagreement(str(path), name, stored, built))
         if stored != built:
@@ -264,39 +299,9 @@ def _fitted(
     except RuntimeError as error:
         different = differences(module.state_dict(), state) or artifact.short_mismatch(error)
         raise CheckpointError(
-            f"{path} does not fit {spec.ref}: {different}; check --arch (`se-prune archs` lists them)."
+            f"{path} does not fit {spec.ref}: {different}; check --arch, or leave it out."
         ) from error
     return spec, module
-
-
-def _sizes(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, int, int]]:
-    """Yield for the class count and the input channels what the module has, and what the checkpoint has."""
-    head, stem = _head(module), _stem(module)
-    if head is not None:
-        weight = state.get(f"{head[0]}.weight")
-        if weight is not None and weight.ndim == head[1].weight.ndim:
-            yield "num_classes", _outputs(head[1]), weight.shape[0]
-    if stem is not None:
-        weight = state.get(f"{stem[0]}.weight")
-        if weight is not None and weight.ndim == stem[1].weight.ndim:
-            yield "in_channels", stem[1].in_channels, weight.shape[1] * stem[1].groups
-
-
-def _head(module: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d] | None:
-    """Return the last layer that can be a classifier: linear, or a 1×1 convolution."""
-    found = None
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
-            found = name, layer
-    return found
-
-
-def _outputs(layer: nn.Linear | nn.Conv2d) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-
-
-def _stem(module: nn.Module) -> tuple[str, nn.Conv2d] | None:
-    return next((pair for pair in module.named_modules() if isinstance(pair[1], nn.Conv2d)), None)
 
 
 # Preprocessing.

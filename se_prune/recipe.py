@@ -19,12 +19,13 @@ SOURCE = Path(__file__).parent.parent / "recipes"
 
 @record
 class ModelTable:
-    """`[model]`: what to compress, as MODEL and `--arch` take it."""
+    """`[model]`: what to compress, as MODEL, `--arch`, `--pretrained` and `--ema` take it."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     ref: str
     arch: str | None = None
     pretrained: bool = False
+    ema: bool = False
 
 
 @record

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
 import typer
 
 from se_prune import __version__
 from se_prune.errors import SePruneError
+from se_prune_cli.output import Notices
 
 app = typer.Typer(
     name="se-prune",
@@ -53,6 +55,9 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence and exit code 1, 2 or 3."""
+    log = logging.getLogger("se_prune")
+    if not any(isinstance(handler, Notices) for handler in log.handlers):
+        log.addHandler(Notices())
     try:
         app()
     except SePruneError as error:

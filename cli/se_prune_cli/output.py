@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +28,15 @@ Device = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")
 Seed = Annotated[int, typer.Option("--seed", help="Fixes every random choice.")]
 Model = Annotated[str, typer.Argument(help="An artifact, a checkpoint file, or an architecture reference.")]
 Arch = Annotated[
-    str | None, typer.Option("--arch", help="Architecture of a checkpoint, as `archs` names it.")
+    str | None,
+    typer.Option(
+        "--arch", help="Architecture of a checkpoint, as `archs` names it; without, told by its tensors."
+    ),
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the library's own weights.")]
+Ema = Annotated[
+    bool, typer.Option("--ema", help="Take the averaged weights of a checkpoint that holds both.")
+]
 Data = Annotated[str, typer.Option("--data", help="fashion-mnist, a folder, or a timm scheme.")]
 OptionalData = Annotated[
     str | None, typer.Option("--data", help="fashion-mnist, a folder, or a timm scheme.")
@@ -41,6 +48,14 @@ Mean = Annotated[str | None, typer.Option("--mean", help="Comma-separated channe
 Std = Annotated[str | None, typer.Option("--std", help="Comma-separated channel deviations; overrides.")]
 
 ERR = Console(stderr=True)
+
+
+class Notices(logging.Handler):
+    """Prints what the library logs, such as an architecture that it guessed, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        ERR.print(record.getMessage(), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 class Output:
@@ -110,7 +125,12 @@ class Progressed:
 
 
 def model_options(
-    arch: str | None, pretrained: bool, input_size: str | None, mean: str | None, std: str | None
+    arch: str | None,
+    pretrained: bool,
+    input_size: str | None,
+    mean: str | None,
+    std: str | None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Return the options of MODEL as `checkpoint.open_model` takes them."""
     from se_prune.checkpoint import parse_floats, parse_size
@@ -118,6 +138,7 @@ def model_options(
     return {
         "arch": arch,
         "pretrained": pretrained,
+        "ema": ema,
         "input_size": None if input_size is None else parse_size(input_size),
         "mean": None if mean is None else parse_floats(mean),
         "std": None if std is None else parse_floats(std),

@@ -82,7 +82,8 @@ def run_recipe(
         require_target(name)
     target = choose_device(device)
     data = open_data(recipe.data)
-    dense = open_model(recipe.model.ref, arch=recipe.model.arch, pretrained=recipe.model.pretrained)
+    model = recipe.model
+    dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
     found = measure.structure(dense)
     check_budget(found.couplings, layer_costs(dense.module, found.cost.per_layer), budget, **widths)
     make_folder(folder)

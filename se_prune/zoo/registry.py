@@ -12,6 +12,7 @@ from torch import nn
 
 from se_prune.errors import CheckpointError, UsageError, nearest
 from se_prune.records import ArchSpec, Preprocessing
+from se_prune.zoo import linear_gate
 from se_prune.zoo.bn_inception import BNInception
 from se_prune.zoo.inception_resnet import InceptionResNetV2
 from se_prune.zoo.mobilenet import MobileNet
@@ -63,6 +64,11 @@ def _zoo() -> dict[str, Entry]:
     pair("shufflenet_g3", ShuffleNet, IMAGENET)
     for name, se in (("senet154", True), ("senet154_without_se", False)):
         table[name] = (SENet, {"depth": 152, "form": "senet", "se": se}, IMAGENET)
+    for depth in linear_gate.DEPTHS:
+        table[f"{linear_gate.PREFIX}{depth}"] = (linear_gate.linear_se_resnet, {"depth": depth}, IMAGENET)
+    for depth in linear_gate.CIFAR_DEPTHS:
+        entry = (linear_gate.linear_se_cifar, {"depth": depth}, linear_gate.CIFAR)
+        table[f"{linear_gate.PREFIX}{depth}"] = entry
     return table
 
 

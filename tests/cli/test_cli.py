@@ -11,8 +11,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import timm
+import torch
 from se_prune_cli import app
 
+from se_prune.artifact import read_header
+from se_prune.checkpoint import open_model
+from se_prune.errors import CheckpointError
 from tests.tiny import fashion_folder, png_folder
 
 pytestmark = pytest.mark.slow
@@ -197,6 +202,48 @@ def test_run_and_report(place):
     assert {Path(file).name for file in page["files"]} == {"page.html", "page.md", "page.json"}
 
 
+@pytest.fixture(scope="module")
+def theirs(place):
+    """Checkpoints of others: a plain one with its average beside, and one that fits two architectures."""
+    state = open_model("zoo:se_resnet20", pretrained=True).module.state_dict()
+    average = {key: value * 2 if key == "fc.bias" else value for key, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": average}, "theirs.pth")
+    torch.save(timm.create_model("mobilenetv3_small_100").state_dict(), "twofold.pth")
+
+
+def test_a_checkpoint_needs_no_arch_and_says_what_it_was_taken_for(theirs):
+    code, out, err = call(
+        "apply theirs.pth --sparsity 0.2 --criterion l2 --repair none -o told.safetensors --json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["channels_removed"] > 0
+    told = "theirs.pth has the tensors of zoo:se_resnet20 with 10 classes; --arch overrules this."
+    assert err.splitlines()[:2] == [told, "theirs.pth holds averaged weights as well; --ema opens those."]
+    assert read_header("told.safetensors").arch.ref == "zoo:se_resnet20"
+    code, _, err = call("inspect theirs.pth --arch zoo:se_resnet20 --ema")
+    assert code == 0
+    assert "theirs.pth" not in err
+
+
+EMA = [
+    "inspect {}",
+    "analyze {} --data data",
+    "apply {} --sparsity 0.2 --data data -o x.safetensors",
+    "finetune {} --data data -o x.safetensors",
+    "evaluate {} --data data",
+    "export {} --data data -o x.onnx",
+]
+
+
+@pytest.mark.parametrize("command", EMA)
+def test_ema_reaches_the_file(command, theirs):
+    with mock.patch("se_prune.checkpoint.read_weights", side_effect=CheckpointError("read.")) as read:
+        code, _, _ = call(command.format("theirs.pth --arch zoo:se_resnet20 --ema"))
+        assert (code, read.call_args.kwargs) == (1, {"ema": True})
+        call(command.format("theirs.pth --arch zoo:se_resnet20"))
+        assert read.call_args.kwargs == {"ema": False}
+
+
 def test_without_json_the_table_is_on_stdout(place):
     code, out, _ = call("archs se_resnet20")
     assert code == 0
@@ -218,7 +265,7 @@ class Touch:
 
 
 @pytest.fixture(scope="module")
-def broken(applied):
+def broken(applied, theirs):
     """Files with something wrong in them."""
     whole = Path("cut.safetensors").read_bytes()
     Path("half.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -248,6 +295,8 @@ BAD = {
     "empty data": (f"evaluate {NET} --data empty", "empty"),
     "missing data": (f"evaluate {NET} --data nowhere", "nowhere"),
     "code in a pickle": ("inspect code.pth --arch zoo:se_resnet20", "code.pth is a pickle that calls"),
+    "two architectures": ("inspect twofold.pth", "choose one, such as --arch timm:mobilenetv3_small_100"),
+    "no average": ("inspect twofold.pth --ema", "holds no averaged weights"),
     "unknown criterion": (f"{APPLY} --macs 0.5 --criterion excitaton", "did you mean 'excitation'"),
     "unknown device": (f"evaluate {NET} --data data --device gpu", "--device gpu"),
     "device without values": (f"evaluate {NET} --data data --device meta", "--device meta"),

@@ -24,6 +24,7 @@ ORDER = (
     "zoo",  # architectures
     "artifact",  # our own file, and the layer types that every stage shares
     "foreign",  # files of others
+    "recognise",  # tensors → architecture
     "checkpoint",  # MODEL → network
     "data",
     "gates",  # sites, statistics, energies

@@ -379,11 +379,6 @@ def script(path):
         archive.writestr("net/constants.pkl", b"")
 
 
-def archive(path):
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("seresnet50.pth", b"x")
-
-
 def loop(path):
     value = {}
     value["model"] = value
@@ -400,7 +395,6 @@ NOT_WEIGHTS = {
     "LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), ["Git LFS pointer"]),
     "noise": (lambda p: p.write_bytes(bytes(range(256)) * 9), ["no torch file", "download it again"]),
     "TorchScript": (script, ["TorchScript", "torch.save(model.state_dict()"]),
-    "archive": (archive, ["zip archive of seresnet50.pth", "unpack it"]),
     "list": (lambda p: torch.save([1, 2], p), ["holds a list", "torch.save(model.state_dict()"]),
     "tensor": (lambda p: torch.save(torch.ones(2), p), ["holds a Tensor", "torch.save(model.state_dict()"]),
     "nothing": (lambda p: torch.save({}, p), ["holds nothing", "torch.save(model.state_dict()"]),

@@ -11,6 +11,7 @@ from se_prune_cli.output import (
     Arch,
     Data,
     Device,
+    Ema,
     InputSize,
     Json,
     Mean,
@@ -35,6 +36,7 @@ def command(
     images: Annotated[int | None, typer.Option(help="Training images to look at; all without.")] = None,
     arch: Arch = None,
     pretrained: Pretrained = False,
+    ema: Ema = False,
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -58,7 +60,7 @@ def command(
     if output is not None:
         require_writable(output)
     target, source = choose_device(device), open_data(data)
-    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     out.say(preprocessing_line(network.header.preprocessing))
     statistics = pipeline.analyze(
         network, source, device=target, images=images, seed=seed, reporter=Progressed()

@@ -11,6 +11,7 @@ from se_prune.records import RepairMode
 from se_prune_cli.output import (
     Arch,
     Device,
+    Ema,
     InputSize,
     Json,
     Mean,
@@ -45,6 +46,7 @@ def command(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write.")] = None,
     arch: Arch = None,
     pretrained: Pretrained = False,
+    ema: Ema = False,
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -85,7 +87,7 @@ def command(
             f"--criterion {criterion} measures images: add --data; "
             "--criterion gate-energy does with --stats of `se-prune analyze`, l2 without either."
         )
-    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     out.say(preprocessing_line(network.header.preprocessing))
     with show.stage("gate sites, groups and cost", None):
         found = pipeline.structure(network)

@@ -11,6 +11,7 @@ from se_prune_cli.output import (
     Arch,
     Data,
     Device,
+    Ema,
     InputSize,
     Json,
     Mean,
@@ -36,6 +37,7 @@ def command(
     ] = False,
     arch: Arch = None,
     pretrained: Pretrained = False,
+    ema: Ema = False,
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -52,7 +54,7 @@ def command(
 
     out, show = Output(as_json), Progressed()
     target, source = choose_device(device), open_data(data)
-    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     other = None if against is None else open_model(against, pretrained=against_pretrained)
     out.say(preprocessing_line(network.header.preprocessing))
     _, result = pipeline.assess(network, source, device=target, reporter=show)

@@ -11,6 +11,7 @@ from se_prune import text
 from se_prune_cli.output import (
     Arch,
     Data,
+    Ema,
     InputSize,
     Json,
     Mean,
@@ -33,6 +34,7 @@ def command(
     images: Annotated[int, typer.Option(help="Training images to check the file on.")] = 256,
     arch: Arch = None,
     pretrained: Pretrained = False,
+    ema: Ema = False,
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -51,7 +53,7 @@ def command(
     if images < 1:
         raise UsageError(f"--images must be at least 1, got {images}.")
     source = open_data(data)
-    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     pipeline.require_classes(network, source)
     target = output or Path(f"{Path(model.rpartition(':')[2]).stem}.{to}")
     with Progressed().stage(f"export to {to}", None):

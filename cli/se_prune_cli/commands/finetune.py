@@ -11,6 +11,7 @@ from se_prune_cli.output import (
     Arch,
     Data,
     Device,
+    Ema,
     InputSize,
     Json,
     Mean,
@@ -44,6 +45,7 @@ def command(
     ] = None,
     arch: Arch = None,
     pretrained: Pretrained = False,
+    ema: Ema = False,
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -65,7 +67,7 @@ def command(
     settings = train_settings(file, "finetune", epochs=epochs, lr=lr, batch_size=batch_size)
     require_writable(output)
     target, source = choose_device(device), open_data(data)
-    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     dense = None if teacher is None else open_model(teacher, pretrained=teacher_pretrained)
     with show.stage(f"fine-tune, {settings.epochs} epochs", None) as update:
         tuned = pipeline.finetune(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from se_prune import text
 from se_prune_cli.output import (
     Arch,
+    Ema,
     InputSize,
     Json,
     Mean,
@@ -21,6 +22,7 @@ def command(
     model: Model,
     arch: Arch = None,
     pretrained: Pretrained = False,
+    ema: Ema = False,
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -32,7 +34,7 @@ def command(
     from se_prune.schema import to_dict
 
     out = Output(as_json)
-    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std))
+    network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     out.say(preprocessing_line(network.header.preprocessing))
     found = pipeline.inspect(network)
     out.table(
