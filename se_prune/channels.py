@@ -226,11 +226,12 @@ def _refusals(
         reasons.append("output layer")
     for piece in slices:
         module = modules[piece.layer]
-        grouped = isinstance(module, CONV_TYPES) and module.groups > 1 and piece.role != "channelwise"
-        if grouped and (piece.index != piece.root or len(piece.index) != channels):
-            reasons.append(f"{piece.layer} is a grouped convolution of a concatenation")
-        elif grouped and tied == channels:
-            reasons.append(f"the groups of {piece.layer} have one channel each")
+        if isinstance(module, CONV_TYPES) and module.groups > 1 and piece.role != "channelwise":
+            width = module.in_channels if piece.role == "in" else module.out_channels
+            if piece.index != piece.root or len(piece.index) != width:
+                reasons.append(f"{piece.layer} is a grouped convolution of a concatenation")
+            elif tied == channels:
+                reasons.append(f"the groups of {piece.layer} have one channel each")
         if -1 in piece.root:
             reasons.append(f"the channels of {piece.layer} do not map one to one")
     return reasons

@@ -1,7 +1,7 @@
 """Second moments of what a convolution or linear layer reads: sums of xᵀx over images and positions.
 
-Shapes: N images, R rows (N × output positions), I inputs of a layer (input channels × kernel positions), O outputs.
-Products of some images at a time are float32, their sums float64.
+Shapes: N images, G groups of a layer (1 but for grouped convolutions), R rows (N × output positions), I inputs of a
+group (its input channels × kernel positions). Products of some images at a time are float32, their sums float64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def has_rows(module: nn.Module) -> bool:
     if not isinstance(module, LAYER_TYPES) or module.weight[0].numel() > MAX_INPUTS:
         return False
     if type(module) is nn.Conv2d:
-        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        depthwise = module.groups == module.in_channels > 1
+        return not depthwise and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return type(module) is nn.Linear
 
 
@@ -47,12 +48,12 @@ def input_rows(module: nn.Module, features: torch.Tensor) -> Iterator[tuple[slic
         features: What it reads, (N, C, H, W), or (…, I) for a linear layer.
 
     Yields:
-        Which images, and their rows (R, I + 1) at `sample_positions`; the last input is 1, for a bias.
+        Which images, and their rows (G, R, I + 1) at `sample_positions`; the last input is 1, for a bias.
     """
     if isinstance(module, nn.Conv2d):
         count = _output_positions(module, features)
         positions = sample_positions(count, features.device)
-        step = max(1, PATCH_ELEMENTS // (count * module.weight[0].numel()))
+        step = max(1, PATCH_ELEMENTS // (count * module.weight[0].numel() * module.groups))
     else:
         step = PATCH_ELEMENTS
     for start in range(0, len(features), step):
@@ -65,10 +66,19 @@ def input_rows(module: nn.Module, features: torch.Tensor) -> Iterator[tuple[slic
                 padding=module.padding,  # type: ignore[arg-type]
                 stride=module.stride,
             )
-            rows = patches.index_select(2, positions).transpose(1, 2).flatten(0, 1)
+            taken = patches.index_select(2, positions)
+            grouped = taken.view(len(taken), module.groups, -1, len(positions))  # (N, G, I, P)
+            rows = grouped.permute(1, 0, 3, 2).flatten(1, 2)
         else:
-            rows = features[part].reshape(-1, features.shape[-1])
-        yield part, torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            rows = features[part].reshape(1, -1, features.shape[-1])
+        yield part, torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+
+
+def grouped_weights(module: nn.Module) -> torch.Tensor:
+    """Return what the rows are multiplied by (G, I, O / G), a view of the weights."""
+    assert isinstance(module, LAYER_TYPES)
+    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    return module.weight.view(groups, -1, module.weight[0].numel()).mT
 
 
 def _output_positions(module: nn.Conv2d, features: torch.Tensor) -> int:
@@ -89,7 +99,7 @@ def collect_grams(model: nn.Module, layers: Collection[str]) -> Iterator[dict[st
     """While open, sum the Gram matrix of every layer's inputs over the images that the network runs.
 
     Yields:
-        Per layer that ran Σ xᵀx (I + 1, I + 1) in float64; its last entry counts the rows.
+        Per layer that ran Σ xᵀx (G, I + 1, I + 1) in float64; its last entries count the rows.
     """
     modules = dict(model.named_modules())
     grams: dict[str, torch.Tensor] = {}
@@ -97,7 +107,7 @@ def collect_grams(model: nn.Module, layers: Collection[str]) -> Iterator[dict[st
     def add(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             for _, rows in input_rows(module, inputs[0]):
-                product = in_float64(rows.T @ rows)
+                product = in_float64(rows.mT @ rows)
                 grams[name] = grams[name] + product if name in grams else product
 
         return hook

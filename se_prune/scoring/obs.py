@@ -7,19 +7,19 @@ the energy of the signal that the outputs are a part of, it is in the unit of `g
 the cheapest of all consumers' sums first; H⁻¹ and W follow each removal, so that a channel whose twin has left is
 dear. The score is the loss at the removal, never below an earlier one's.
 
-Channels that leave together (`ChannelGroup.tied`) are removed as one and share the loss. Consumers whose inputs are no
-plain rows (grouped convolutions) and hidden units are scored by energy.
+Channels that leave together (`ChannelGroup.tied`) are removed as one and share the loss; a grouped convolution is a
+consumer per group. Consumers whose inputs are no plain rows (`moments.has_rows`) and hidden units are scored by energy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from se_prune.gates.moments import LAYER_TYPES, collect_grams, has_rows
+from se_prune.gates.moments import LAYER_TYPES, collect_grams, grouped_weights, has_rows
 from se_prune.records import Coupling, LayerSlice
 from se_prune.scoring.energy import add_energy
 from se_prune.scoring.registry import Evidence, criterion
@@ -97,10 +97,10 @@ def _scores(coupling: Coupling, signal: Signal, grams: dict[str, torch.Tensor]) 
     """Return the loss at each channel's removal (C,)."""
     count, tied = coupling.group.channels, coupling.group.tied
     by_channel = torch.zeros(count, dtype=torch.float64)
-    consumers = []
+    consumers: list[_Consumer] = []
     for piece in signal.consumers(coupling):
         if coupling.group.kind != "hidden" and piece.layer in grams and _is_even(piece, count):
-            consumers.append(_consumer(piece, count // tied, signal, grams[piece.layer]))
+            consumers.extend(_consumers(piece, count // tied, signal, grams[piece.layer]))
         else:
             add_energy(by_channel, piece, signal)
     if not consumers:
@@ -125,23 +125,27 @@ def _greedy(fixed: torch.Tensor, consumers: Sequence[_Consumer]) -> torch.Tensor
     return scores
 
 
-def _consumer(piece: LayerSlice, units: int, signal: Signal, gram: torch.Tensor) -> _Consumer:
+def _consumers(piece: LayerSlice, units: int, signal: Signal, grams: torch.Tensor) -> Iterator[_Consumer]:
+    """Yield a consumer per group of the layer: what one group reads, the others do not."""
     module = signal.modules[piece.layer]
     assert isinstance(module, LAYER_TYPES)
-    second, mean = gram[:-1, :-1] / gram[-1, -1], gram[:-1, -1:] / gram[-1, -1]
-    weights = module.weight.detach().to(gram).flatten(1).T.clone()
-    gain = signal.gain(piece.layer).to(gram.device)
+    weights = grouped_weights(module).detach().to(grams)
+    gains = signal.gain(piece.layer).to(grams).view(len(weights), -1)
     whole = signal.whole(piece.layer)
+    moments = grams[:, :-1, :-1] / grams[:, -1:, -1:]
     if whole is None:
-        whole = float((gain * (weights * (second @ weights)).sum(0)).sum())
+        whole = float((gains * (weights * (moments @ weights)).sum(1)).sum())
     if module.bias is not None or signal.norm(piece.layer) is not None:
-        second = second - mean @ mean.T
-    ridge = (RIDGE * second.diagonal().mean()).clamp_min(1e-12)
-    return _Consumer(
-        inverse=torch.linalg.inv(second + ridge * torch.eye(len(second)).to(second)),
-        weights=weights * (gain / max(whole, 1e-30)).sqrt(),
-        inputs=_inputs(piece, units, module),
-    )
+        mean = grams[:, :-1, -1:] / grams[:, -1:, -1:]
+        moments = moments - mean @ mean.mT
+    inputs = _inputs(piece, units, module, len(weights))
+    for second, weight, gain in zip(moments, weights, gains, strict=True):
+        ridge = (RIDGE * second.diagonal().mean()).clamp_min(1e-12)
+        yield _Consumer(
+            inverse=torch.linalg.inv(second + ridge * torch.eye(len(second)).to(second)),
+            weights=weight * (gain / max(whole, 1e-30)).sqrt(),
+            inputs=inputs,
+        )
 
 
 def _is_even(piece: LayerSlice, count: int) -> bool:
@@ -150,10 +154,11 @@ def _is_even(piece: LayerSlice, count: int) -> bool:
     return len(times) == count and bool((times == times[0]).all())
 
 
-def _inputs(piece: LayerSlice, units: int, module: nn.Module) -> torch.Tensor:
-    """Return which inputs of a layer each of U units makes (U, K)."""
+def _inputs(piece: LayerSlice, units: int, module: nn.Module, groups: int) -> torch.Tensor:
+    """Return which inputs of a layer's group each of U units makes (U, K)."""
     assert isinstance(module, LAYER_TYPES)
     kernel = module.weight[0, 0].numel()
-    index, unit = torch.tensor(piece.index), torch.tensor(piece.root) % units
+    width = len(piece.index) // groups if groups > 1 else len(piece.index)
+    index, unit = torch.tensor(piece.index)[:width], torch.tensor(piece.root)[:width] % units
     channels = index[unit.argsort(stable=True)].view(units, -1)
     return (channels[:, :, None] * kernel + torch.arange(kernel)).flatten(1)

@@ -1,11 +1,11 @@
 """Repair by least squares: every layer that lost inputs is fitted to what the dense network computed there.
 
-Shapes: N images, I inputs of a layer (input channels × kernel positions, and 1 for the bias), O outputs. For a layer
-with kept inputs x and the dense network's pre-activation y of its kept outputs, the new weights minimise
-E‖x·W − y‖² + λ·‖W − W_cut‖² in closed form from the Gram matrix of x (I, I), over some positions P of every image
-(`gates.moments`). A layer that a BN alone reads is fitted up to a constant, which goes into the BN's running
-mean. Layers are taken in the order in which they run, each on inputs that those before it have already repaired; no
-labels are needed. Both networks run once.
+Shapes: N images, G groups of a layer (1 but for grouped convolutions), I inputs of a group (its input channels × kernel
+positions, and 1 for the bias), O outputs of a group; each group is fitted by itself. For a layer with kept inputs x and
+the dense network's pre-activation y of its kept outputs, the new weights minimise E‖x·W − y‖² + λ·‖W − W_cut‖² in
+closed form from the Gram matrix of x (I, I), over some positions P of every image (`gates.moments`). A layer that a BN
+alone reads is fitted up to a constant, which goes into the BN's running mean. Layers are taken in the order in which
+they run, each on inputs that those before it have already repaired; no labels are needed. Both networks run once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from torch import nn
 
 from se_prune.artifact import NORM_TYPES
 from se_prune.errors import DataError
-from se_prune.gates.moments import LAYER_TYPES, has_rows, in_float64, input_rows, sample_positions
+from se_prune.gates.moments import (
+    LAYER_TYPES,
+    grouped_weights,
+    has_rows,
+    in_float64,
+    input_rows,
+    sample_positions,
+)
 from se_prune.gates.trace import norms_after, trace
 from se_prune.records import Coupling, LayerRefit, LayerSlice, Plan, Preprocessing
 
@@ -36,7 +43,7 @@ RESPONSE_BYTES = 2 << 30
 
 @dataclass(slots=True, kw_only=True)
 class _Moments:
-    """Sums over images of xᵀx (I, I), xᵀy (I, O) and y² (O,), and how many rows they hold."""
+    """Sums over images of xᵀx (G, I, I), xᵀy (G, I, O) and y² (G, O), and how many rows they hold."""
 
     xx: torch.Tensor
     xy: torch.Tensor
@@ -44,23 +51,26 @@ class _Moments:
     rows: int = 0
 
     @classmethod
-    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> _Moments:
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        return cls(xx=empty(inputs, inputs), xy=empty(inputs, outputs), yy=empty(outputs))
+    def like(cls, weights: torch.Tensor) -> _Moments:
+        """Return empty sums for weights (G, I, O)."""
+        groups, inputs, outputs = weights.shape
+        return cls(
+            xx=weights.new_zeros(groups, inputs, inputs),
+            xy=torch.zeros_like(weights),
+            yy=weights.new_zeros(groups, outputs),
+        )
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add rows x (R, I) and y (R, O)."""
-        self.xx += in_float64(x.T @ x)
-        self.xy += in_float64(x.T @ y)
-        self.yy += in_float64(y.square().sum(0))
-        self.rows += len(x)
+        """Add rows x (G, R, I) and y (G, R, O)."""
+        self.xx += in_float64(x.mT @ x)
+        self.xy += in_float64(x.mT @ y)
+        self.yy += in_float64(y.square().sum(1))
+        self.rows += x.shape[1]
 
     def error(self, weights: torch.Tensor) -> float:
-        """Return Σ‖x·W − y‖² relative to Σ‖y − E[y]‖² for weights (I, O); the last input is 1."""
+        """Return Σ‖x·W − y‖² relative to Σ‖y − E[y]‖² for weights (G, I, O); the last input is 1."""
         fitted = ((self.xx @ weights - 2 * self.xy) * weights).sum() + self.yy.sum()
-        spread = self.yy.sum() - (self.xy[-1].square() / self.rows).sum()
+        spread = self.yy.sum() - (self.xy[:, -1].square() / self.rows).sum()
         return float(fitted / spread.clamp_min(torch.finfo(torch.float64).tiny))
 
 
@@ -77,10 +87,11 @@ def refit(
     batch_size: int = 128,
     on_images: Callable[[int], None] | None = None,
 ) -> tuple[LayerRefit, ...]:
-    """Re-fit, in place, every dense convolution and linear layer of `cut_network` whose inputs the plan removed.
+    """Re-fit, in place, every convolution and linear layer of `cut_network` whose inputs the plan removed.
 
-    Depthwise and grouped convolutions, modules that run more than once, and a layer whose error on held-out images
-    would not fall keep their weights. Of BN only running means change; re-estimate the statistics afterwards.
+    Depthwise convolutions (which lose outputs with their inputs), modules that run more than once, and a layer
+    whose error on held-out images would not fall keep their weights. Of BN only running means change; re-estimate
+    the statistics afterwards.
 
     Args:
         dense: The network before the cut; left as it is.
@@ -220,51 +231,53 @@ def _fit(
     norm: nn.Module | None,
 ) -> LayerRefit:
     """Fit one layer to the dense responses; its weights change where the held-out error falls."""
-    weight = module.weight.flatten(1).double().T  # (I, O)
-    outputs = weight.shape[1]
-    bias = weight.new_zeros(outputs) if module.bias is None else module.bias.double()
-    current = torch.cat([weight, bias[None]])
-    moments = [_Moments.zeros(len(current), outputs, weight.device) for _ in range(2)]
+    weight = in_float64(grouped_weights(module))  # (G, I, O)
+    bias = weight.new_zeros(weight.shape[0], 1, weight.shape[2])
+    if module.bias is not None:
+        bias = in_float64(module.bias).view_as(bias)
+    current = torch.cat([weight, bias], 1)
+    fitting, checking = _Moments.like(current), _Moments.like(current)
     held_out = torch.arange(len(features), device=features.device) % HELD_OUT == HELD_OUT - 1
-    for part, chosen in zip(moments, (~held_out, held_out), strict=True):
+    for part, chosen in ((fitting, ~held_out), (checking, held_out)):
         for rows, target in _rows(module, features[chosen], response[chosen]):
             part.add(rows, target)
-    fitting, checking = moments
     if norm is not None:  # what BN recalibration does for any weights
-        current[-1] += (fitting.xy[-1] - fitting.xx[-1] @ current) / fitting.rows
+        current[:, -1] += (fitting.xy[:, -1] - (fitting.xx[:, -1:] @ current)[:, 0]) / fitting.rows
     new = current + _step(fitting, current, constant=module.bias is not None or norm is not None)
     before, after = checking.error(current), checking.error(new)
     kept = bool(torch.isfinite(new).all()) and after < before
     best = new if kept else current
-    module.weight.copy_(best[:-1].T.reshape(module.weight.shape))
+    module.weight.copy_(best[:, :-1].mT.reshape(module.weight.shape))
     if norm is not None:
         mean = norm.running_mean
         assert isinstance(mean, torch.Tensor)
-        mean.sub_((best[-1] - bias).to(mean))
+        mean.sub_((best[:, -1:] - bias).flatten().to(mean))
     elif module.bias is not None:
-        module.bias.copy_(best[-1])
+        module.bias.copy_(best[:, -1].flatten())
     return LayerRefit(layer=name, error_before=before, error_after=after, kept=kept)
 
 
 def _step(moments: _Moments, current: torch.Tensor, *, constant: bool) -> torch.Tensor:
-    """Return the change (I, O) of the weights; without a constant the last row stays 0."""
-    free = len(current) if constant else len(current) - 1
-    gram, residual = moments.xx[:free, :free], (moments.xy - moments.xx @ current)[:free]
-    penalty = torch.ones(free, dtype=gram.dtype, device=gram.device)
+    """Return the change (G, I, O) of the weights; without a constant the last row stays 0."""
+    inputs = current.shape[1]
+    free = inputs if constant else inputs - 1
+    gram, residual = moments.xx[:, :free, :free], (moments.xy - moments.xx @ current)[:, :free]
+    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2)[:, : inputs - 1].mean(1, keepdim=True).clamp_min(1e-12)
+    penalty = ridge.repeat(1, free)
     if constant:
-        penalty[-1] = 0
-    ridge = RIDGE * gram.diagonal()[: len(current) - 1].mean().clamp_min(1e-12) * penalty
+        penalty[:, -1] = 0
     step = torch.zeros_like(current)
-    step[:free] = torch.linalg.solve(gram + torch.diag(ridge), residual)
+    step[:, :free] = torch.linalg.solve(gram + torch.diag_embed(penalty), residual)
     return step
 
 
 def _rows(
     module: nn.Conv2d | nn.Linear, features: torch.Tensor, response: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the inputs (R, I) and dense responses (R, O) of a layer, some images at a time."""
+    """Yield the inputs (G, R, I) and dense responses (G, R, O) of a layer, some images at a time."""
     for part, rows in input_rows(module, features):
         target = response[part]
         if isinstance(module, nn.Conv2d):
-            target = target.transpose(1, 2)
-        yield rows, target.reshape(len(rows), -1)
+            grouped = target.view(len(target), len(rows), -1, target.shape[2])  # (N, G, O, P)
+            target = grouped.permute(1, 0, 3, 2)
+        yield rows, target.reshape(*rows.shape[:2], -1)

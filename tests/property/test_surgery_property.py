@@ -18,7 +18,9 @@ SMALL = [f"{name} {value}" for name in ALL for value in (0.2, 0.5)]
 FOREIGN = [
     "timm:mobilenetv3_small_050 0.3",
     "timm:tinynet_e 0.4",  # an EfficientNet
-    "timm:regnety_002 0.3",  # grouped convolutions, which stay
+    "timm:regnety_002 0.3",  # grouped convolutions
+    "timm:regnety_002 0.6",
+    "zoo:se_resnext29_8x4d 0.5",
     "timm:ghostnet_050 0.3",  # channels that take others along, which stay
     "torchvision:mobilenet_v3_small 0.6",
     "zoo:resnet20 0.5",

@@ -148,26 +148,52 @@ class Scaled(nn.Module):
         return x * self.gamma
 
 
-def test_grouped_convolutions_are_refused_and_depthwise_ones_are_not():
-    reasons = {
-        k: v.group.reason for k, v in groups_of(Middle(nn.Conv2d(4, 4, 3, padding=1, groups=2))).items()
+def test_channels_of_all_groups_of_a_convolution_leave_together():
+    found = groups_of(Middle(nn.Conv2d(4, 4, 3, padding=1, groups=2)))
+    assert {k: (v.group.prunable, v.group.tied) for k, v in found.items()} == {
+        "a": (True, 2),
+        "middle": (True, 2),
+        "b": (True, 1),
+        "fc": (False, 1),
     }
-    said = "middle is a grouped convolution"
-    assert reasons == {"a": said, "middle": said, "b": None, "fc": "output layer"}
     depthwise = groups_of(Middle(nn.Conv2d(4, 4, 3, padding=1, groups=4)))
     assert {k: v.group.prunable for k, v in depthwise.items()} == {"a": True, "b": True, "fc": False}
     assert depthwise["a"].layers("channelwise") == ("middle",)
 
 
-def test_a_channel_multiplier_is_a_grouped_convolution():
+def test_a_channel_multiplier_loses_outputs_alone():
     class Wide(Middle):
         def __init__(self):
             super().__init__(nn.Conv2d(4, 8, 3, padding=1, groups=4))
             self.b = nn.Conv2d(8, 6, 3)
 
     found = groups_of(Wide())
-    assert found["a"].group.reason == found["middle"].group.reason == "middle is a grouped convolution"
+    assert found["a"].group.reason == "the groups of middle have one channel each"
+    assert (found["middle"].group.prunable, found["middle"].group.tied) == (True, 4)
     assert found["b"].group.prunable
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle between two convolutions, or the same views without the transpose."""
+
+    def __init__(self, *, shuffle):
+        super().__init__()
+        self.shuffle = shuffle
+        self.a, self.b, self.fc = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w)
+        x = x.transpose(1, 2).reshape(n, c, h, w) if self.shuffle else x.reshape(n, c, h, w)
+        return self.fc(self.b(x).mean((2, 3)))
+
+
+def test_a_channel_shuffle_is_refused():
+    found = groups_of(Shuffled(shuffle=True))
+    assert found["a"].group.reason == "a channel shuffle reorders its channels"
+    assert found["b"].group.prunable
+    assert groups_of(Shuffled(shuffle=False))["a"].group.prunable
 
 
 def test_bare_parameters_are_refused():

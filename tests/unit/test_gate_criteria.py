@@ -109,6 +109,46 @@ def test_obs_falls_back_on_energy_where_a_consumer_has_no_rows(monkeypatch):
     assert score("gate-obs", have).groups == score("gate-energy", have).groups
 
 
+class GroupedChain(Chain):
+    """As `Chain`, with a grouped convolution as the reader: channels i and i + 3 of `a` leave together."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=False)
+
+
+def test_obs_of_channels_that_leave_together(monkeypatch):
+    monkeypatch.setattr(obs, "RIDGE", 1e-9)
+    torch.manual_seed(3)
+    model, images = GroupedChain(), data((2, 6, 6), 3, n=60)
+    with torch.no_grad():
+        model(images.images)
+    have = evidence(model.eval(), (2, 6, 6), 3, images)
+    coupling = next(c for c in have.couplings if c.group.name == "a")
+    assert coupling.group.tied == 2
+    found = score("gate-obs", have).groups["a"]
+    assert found[:3] == found[3:]
+    # a grouped convolution is an ungrouped one whose other weights are zero; a re-fit may use each group's inputs only
+    with torch.no_grad():
+        patches = F.unfold(model.a(images.images).relu(), 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+        target = model.b(model.a(images.images).relu()).permute(0, 2, 3, 1).reshape(-1, 4).double()
+        gain = (model.norm.weight**2 / (model.norm.running_var + model.norm.eps)).double()
+        whole = float((model.norm.weight**2 + model.norm.bias**2).sum())
+    alone = []
+    for unit in range(3):
+        total = 0.0
+        for group in range(2):
+            left = [i for i in range(27 * group, 27 * group + 27) if i // 9 % 3 != unit]
+            rows = torch.cat([patches[:, left], torch.ones(len(patches), 1).double()], 1)
+            mine = target[:, 2 * group : 2 * group + 2]
+            errors = (rows @ torch.linalg.lstsq(rows, mine).solution - mine).square().mean(0)
+            total += float((gain[2 * group : 2 * group + 2] * errors).sum()) / whole
+        alone.append(total)
+    first = alone.index(min(alone))
+    assert found[first] * 2 == pytest.approx(alone[first], rel=1e-3)
+    assert min(found) == found[first]
+
+
 def test_obs_reads_no_more_images_than_it_says(monkeypatch):
     monkeypatch.setattr(obs, "IMAGES", 6)
     have, rows = chain(), []
@@ -122,7 +162,7 @@ def test_obs_reads_no_more_images_than_it_says(monkeypatch):
     monkeypatch.setattr(obs, "collect_grams", watched)
     signal = describe(have)
     grams = obs._grams(have, signal, [c for c in have.couplings if c.group.prunable])
-    assert grams["b"][-1, -1] == 6 * 16
+    assert grams["b"][0, -1, -1] == 6 * 16
     assert len(rows) == 1
 
 

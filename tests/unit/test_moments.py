@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from se_prune.gates import moments
-from se_prune.gates.moments import collect_grams, has_rows, input_rows, sample_positions
+from se_prune.gates.moments import collect_grams, grouped_weights, has_rows, input_rows, sample_positions
 
 LAYERS = {
     "1×1": nn.Conv2d(3, 5, 1),
     "3×3, stride 2": nn.Conv2d(3, 5, 3, padding=1, stride=2),
     "3×1, dilated": nn.Conv2d(3, 5, (3, 1), dilation=2, padding=(2, 0), stride=(1, 2)),
+    "grouped": nn.Conv2d(6, 4, 3, groups=2),
     "linear": nn.Linear(7, 5),
 }
 
@@ -19,11 +20,14 @@ LAYERS = {
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
 def test_rows_times_weights_are_the_outputs(layer, chunk, monkeypatch):
     monkeypatch.setattr(moments, "PATCH_ELEMENTS", chunk)
-    x = torch.randn(4, 3, 9, 7, generator=torch.Generator().manual_seed(1))
-    weights = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1)
-    got = torch.cat([rows @ weights.T for _, rows in input_rows(layer, x)])
-    out = layer(x)
-    wanted = out.reshape(-1, 5) if isinstance(layer, nn.Linear) else out.permute(0, 2, 3, 1).reshape(-1, 5)
+    channels = layer.in_channels if isinstance(layer, nn.Conv2d) else 3
+    x = torch.randn(4, channels, 9, 7, generator=torch.Generator().manual_seed(1))
+    weights = grouped_weights(layer)
+    weights = torch.cat([weights, layer.bias.view(len(weights), 1, -1)], 1)
+    parts = [(rows @ weights).permute(1, 0, 2).flatten(1) for _, rows in input_rows(layer, x)]
+    got, out = torch.cat(parts), layer(x)
+    wanted = out if isinstance(layer, nn.Linear) else out.permute(0, 2, 3, 1)
+    wanted = wanted.reshape(-1, wanted.shape[-1])
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -51,10 +55,10 @@ def test_a_gram_matrix_is_the_sum_over_batches():
         model(x[4:])
     model(x)  # no longer watched
     read = torch.cat([model[:3](x), torch.ones(6, 1)], 1).double()
-    torch.testing.assert_close(grams["3"], read.T @ read, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grams["3"][0], read.T @ read, rtol=1e-5, atol=1e-5)
     assert grams["3"].dtype == torch.float64
-    assert grams["0"].shape == (19, 19)
-    assert grams["0"][-1, -1] == 6 * 4
+    assert grams["0"].shape == (1, 19, 19)
+    assert grams["0"][0, -1, -1] == 6 * 4
     assert set(grams) == {"0", "3"}
 
 
@@ -67,7 +71,9 @@ class Standardised(nn.Conv2d):
     [
         (nn.Conv2d(4, 4, 3), True),
         (nn.Linear(4, 4), True),
-        (nn.Conv2d(4, 4, 3, groups=2), False),
+        (nn.Conv2d(4, 4, 3, groups=2), True),
+        (nn.Conv2d(4, 4, 3, groups=4), False),
+        (nn.Conv2d(4, 8, 3, groups=4), False),
         (nn.Conv2d(4, 4, 3, padding="same"), False),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), False),
         (Standardised(4, 4, 3), False),

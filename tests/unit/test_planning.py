@@ -53,6 +53,35 @@ def plan(found, costs, given, kind="sparsity", value=0.5, **options):
     return make_plan(found, costs, given, Budget(kind=kind, value=value), **options)
 
 
+def tied(found, times):
+    """Return a chain whose first group loses channels of `times` groups at once."""
+    first = replace(found[0], group=replace(found[0].group, tied=times))
+    return (first, *found[1:])
+
+
+def test_channels_that_leave_together_are_taken_by_their_mean_score():
+    found, costs = chain(6)
+    found = tied(found, 2)  # 0 and 3, 1 and 4, 2 and 5
+    given = scores([0.1, 3.0, 1.0, 5.0, 4.0, 1.5])
+    result = plan(found, costs, given, value=0.3)
+    assert result.groups[0].removed == (2, 5)
+    assert (result.channels_removed, result.channels_total) == (2, 6)
+    assert plan(found, costs, given, value=0.4).groups[0].removed == (0, 2, 3, 5)
+    alone = plan(chain(6)[0], costs, given, value=0.3)
+    assert alone.groups[0].removed == (0, 2)
+
+
+def test_rounding_counts_channels_and_not_those_of_one_group():
+    found, costs = chain(16)
+    found = tied(found, 4)
+    kept = 16 - len(plan(found, costs, scores(range(16)), value=0.4, round_to=8).groups[0].removed)
+    assert kept == 8
+    with pytest.raises(BudgetError, match=r"at most 0\.75 is reachable"):
+        plan(found, costs, scores(range(16)), value=0.9)
+    narrow = tied(chain(4)[0], 4)
+    assert "cannot be narrower" in plan(narrow, chain(4)[1], scores(range(4)), value=0.0).groups[0].note
+
+
 def test_the_lowest_scores_leave_by_hand():
     found, costs = chain(4)
     result = plan(found, costs, scores([3.0, 1.0, 4.0, 2.0]))

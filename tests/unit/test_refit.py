@@ -181,6 +181,33 @@ def test_layers_that_lost_no_input_and_the_dense_network_stay(plain):
     assert all(torch.equal(value, kept[name]) for name, value in plain.state_dict().items())
 
 
+class Grouped(nn.Module):
+    """A grouped convolution between two others; channels i and i + 3 of `a` leave together."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 4, 3, padding=1, groups=2)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.b(self.a(x).relu()).mean((2, 3)))
+
+
+def test_each_group_of_a_convolution_is_fitted_by_itself(monkeypatch):
+    monkeypatch.setattr(module_under_test, "RIDGE", 1e-9)
+    torch.manual_seed(0)
+    model = Grouped().eval()
+    with torch.no_grad():  # in either group channel 2 is half of channel 0
+        for i, twin in ((2, 0), (5, 3)):
+            model.a.weight[i], model.a.bias[i] = model.a.weight[twin] / 2, model.a.bias[twin] / 2
+    before, after, fits = run(model, (2, 5), images())
+    x = batch(images(20, seed=9))
+    assert after.b.weight.shape == (4, 2, 3, 3)
+    assert (before(x) - model(x)).abs().max() > 1e-2
+    torch.testing.assert_close(after(x), model(x), rtol=0, atol=1e-4)
+    assert [fit.layer for fit in fits] == ["b"]
+
+
 def test_a_module_that_runs_twice_keeps_its_weights():
     torch.manual_seed(0)
     before, after, fits = run(Twice().eval(), (1, 4), images())
