@@ -3,7 +3,8 @@
 Every group gives its channels in the order of their scores. All steps of all groups stand in one queue, sorted by
 score; the longest run from its front that is needed to meet the budget is taken, then whatever fits is put back,
 highest score first, so that the result meets the budget from below as closely as whole channels allow. Hidden units
-follow the channels that they gate, in proportion. No group falls below its floor.
+follow the channels that they gate in proportion, unless they are kept or have steps of their own. No group falls below
+its floor.
 """
 
 from __future__ import annotations
@@ -11,10 +12,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from se_prune.errors import BudgetError, UsageError
-from se_prune.records import Budget, ChannelGroup, Coupling, GroupPlan, LayerCost, Plan, Scores
+from se_prune.ledger import refusals, why_no_more
+from se_prune.records import (
+    Budget,
+    ChannelGroup,
+    Coupling,
+    GroupPlan,
+    HiddenPolicy,
+    LayerCost,
+    Plan,
+    Scores,
+)
 
 #: A group keeps at least this share of its channels, whatever the scores say.
 FLOOR_SHARE = 1 / 16
@@ -36,6 +47,11 @@ class _Problem:
     layers: list[_Layer]
     options: list[tuple[int, ...]]  # allowed numbers of kept channels, descending, per group
     leader: list[int | None]  # the group whose width a hidden group follows
+    hidden: HiddenPolicy
+
+    def follows(self, number: int) -> bool:
+        """Say whether a group's width is not the planner's choice."""
+        return self.couplings[number].group.kind == "hidden" and self.hidden != "prune"
 
 
 def make_plan(
@@ -46,6 +62,7 @@ def make_plan(
     *,
     round_to: int = 1,
     min_channels: int = 2,
+    hidden: HiddenPolicy = "tie",
 ) -> Plan:
     """Choose the channels that leave.
 
@@ -56,14 +73,18 @@ def make_plan(
         budget: Share of channels to remove, or fraction of MACs or parameters to keep.
         round_to: Cut groups keep a multiple of this many channels (hidden units are not rounded).
         min_channels: No group keeps fewer, unless it has fewer.
+        hidden: What hidden units do.
 
     Raises:
         UsageError: The budget or an option is out of range.
         BudgetError: The floors do not allow the budget; the message says what is reachable.
     """
-    problem, target = _reachable(couplings, costs, budget, round_to, min_channels)
+    problem, target = _reachable(
+        couplings, costs, budget, round_to=round_to, min_channels=min_channels, hidden=hidden
+    )
     kept = _fill(problem, budget, target, _descend(problem, budget, target, scores), scores)
-    return _plan(problem, scores, budget, kept, round_to=round_to, min_channels=min_channels)
+    chosen = _plan(problem, scores, budget, kept, round_to=round_to, min_channels=min_channels)
+    return replace(chosen, refused=refusals(couplings))
 
 
 def check_budget(
@@ -73,6 +94,7 @@ def check_budget(
     *,
     round_to: int = 1,
     min_channels: int = 2,
+    hidden: HiddenPolicy = "tie",
 ) -> None:
     """Check, before anything is measured, that `make_plan` can meet a budget; arguments and errors are its own.
 
@@ -80,19 +102,21 @@ def check_budget(
         UsageError: The budget or an option is out of range.
         BudgetError: The floors do not allow the budget; the message says what is reachable.
     """
-    _reachable(couplings, costs, budget, round_to, min_channels)
+    _reachable(couplings, costs, budget, round_to=round_to, min_channels=min_channels, hidden=hidden)
 
 
 def _reachable(
     couplings: Sequence[Coupling],
     costs: Mapping[str, LayerCost],
     budget: Budget,
+    *,
     round_to: int,
     min_channels: int,
+    hidden: HiddenPolicy,
 ) -> tuple[_Problem, float]:
     """Return the problem and what may be left of its measure."""
     check_ranges(budget, round_to, min_channels)
-    problem = _problem(couplings, costs, round_to, min_channels)
+    problem = _problem(couplings, costs, round_to, min_channels, hidden)
     if all(c.group.kind == "hidden" for c in problem.couplings):
         raise BudgetError(f"--{budget.kind} {budget.value:g} cannot be met: no channel group can be cut.")
     full = [c.group.channels for c in problem.couplings]
@@ -130,7 +154,11 @@ def _unreachable(budget: Budget, reach: float, round_to: int, min_channels: int)
 
 
 def _problem(
-    couplings: Sequence[Coupling], costs: Mapping[str, LayerCost], round_to: int, min_channels: int
+    couplings: Sequence[Coupling],
+    costs: Mapping[str, LayerCost],
+    round_to: int,
+    min_channels: int,
+    hidden: HiddenPolicy,
 ) -> _Problem:
     chosen = tuple(c for c in couplings if c.group.prunable)
     layers = {name: _Layer(cost=cost, into=[], out=[]) for name, cost in costs.items()}
@@ -149,6 +177,7 @@ def _problem(
             _options(c.group, 1 if c.group.kind == "hidden" else round_to, min_channels) for c in chosen
         ],
         leader=leader,
+        hidden=hidden,
     )
 
 
@@ -171,12 +200,12 @@ def _options(group: ChannelGroup, round_to: int, min_channels: int) -> tuple[int
 
 
 def _widths(problem: _Problem, kept: Sequence[int]) -> list[int]:
-    """Return kept channels per group with hidden groups set in proportion to the channels they gate."""
+    """Return kept channels per group, with hidden groups that follow set to what they follow."""
     widths = list(kept)
     for number, leader in enumerate(problem.leader):
-        if problem.couplings[number].group.kind == "hidden":
+        if problem.follows(number):
             hidden = problem.couplings[number].group.channels
-            if leader is None:
+            if leader is None or problem.hidden == "keep":
                 widths[number] = hidden
                 continue
             share = kept[leader] / problem.couplings[leader].group.channels
@@ -241,7 +270,7 @@ def _steps(problem: _Problem, scores: Scores) -> list[tuple[float, int, int]]:
     """
     steps = []
     for number, coupling in enumerate(problem.couplings):
-        if coupling.group.kind == "hidden":
+        if problem.follows(number):
             continue
         ordered = [v for v in sorted(_normalised(scores, coupling.group)) for _ in range(coupling.group.tied)]
         saving = _saving(problem, number) ** COST_POWER if scores.comparable else 1.0
@@ -327,7 +356,14 @@ def _plan(
         order = sorted(range(len(values)), key=lambda u: (values[u], u))
         gone = order[: (group.channels - widths[number]) // group.tied]
         removed = tuple(sorted(i for u in gone for i in range(u, group.channels, len(values))))
-        note = _note(problem, number, widths[number], round_to)
+        note = why_no_more(
+            group,
+            widths[number],
+            problem.options[number],
+            round_to=round_to,
+            hidden=problem.hidden,
+            leads=problem.leader[number] is not None,
+        )
         plans.append(
             GroupPlan(name=group.name, kind=group.kind, channels=group.channels, removed=removed, note=note)
         )
@@ -341,18 +377,5 @@ def _plan(
         macs_after=after[0],
         params_before=before[1],
         params_after=after[1],
+        hidden=problem.hidden,
     )
-
-
-def _note(problem: _Problem, number: int, width: int, round_to: int) -> str | None:
-    group = problem.couplings[number].group
-    options = problem.options[number]
-    if group.kind == "hidden":
-        return (
-            "follows the channels it gates" if problem.leader[number] is not None else "gates uncut channels"
-        )
-    if len(options) == 1:
-        if problem.couplings[number].group.tied > 1:
-            return "its grouped convolutions cannot be narrower"
-        return f"too narrow for multiples of {round_to}" if round_to > 1 else "at its floor already"
-    return "at its floor" if width == options[-1] else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from se_prune.errors import SePruneError, UsageError, nearest
-from se_prune.records import Budget, RepairMode, TrainSettings
+from se_prune.records import Budget, HiddenPolicy, RepairMode, TrainSettings
 from se_prune.schema import FORBID_EXTRA, from_dict, record
 
 FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 2, "lr": 0.02, "warmup": 0.1}
@@ -39,6 +39,7 @@ class ApplyTable:
     criterion: str = "excitation"
     round_to: int = 1
     min_channels: int = 2
+    hidden: HiddenPolicy = "tie"
     repair: RepairMode = "refit"
 
 

@@ -89,6 +89,8 @@ class GateSite:
 GroupKind = Literal["gated", "stream", "inner", "hidden"]
 #: After the cut: BN recalibration alone, least squares before it, or nothing.
 RepairMode = Literal["refit", "bn", "none"]
+#: Hidden units leave by their own scores, in proportion to the channels that they gate, or not at all.
+HiddenPolicy = Literal["prune", "tie", "keep"]
 
 
 @record
@@ -235,7 +237,11 @@ class LayerRefit:
 
 @record
 class Plan:
-    """The channels that leave, per group, in the dense network's numbering; replayable."""
+    """The channels that leave, per group, in the dense network's numbering; replayable.
+
+    `groups` are those that could be cut, `refused` those that could not; the note of each says why no more of it
+    leaves.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -248,6 +254,8 @@ class Plan:
     macs_after: int
     params_before: int
     params_after: int
+    hidden: HiddenPolicy = "tie"
+    refused: tuple[GroupPlan, ...] = ()
 
     @property
     def channels_removed(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,7 +103,7 @@ def random_scores(found: tuple[Coupling, ...], seed: int = 0, *, comparable: boo
     return Scores(criterion="random", comparable=comparable, groups=groups)
 
 
-def random_plan(network: Built, kind: str, value: float, seed: int = 0, **options: int) -> Plan:
+def random_plan(network: Built, kind: str, value: float, seed: int = 0, **options: Any) -> Plan:
     """Return a plan by random scores."""
     scores = random_scores(network.couplings, seed)
     budget = Budget(kind=kind, value=value)  # type: ignore[arg-type]

@@ -44,9 +44,10 @@ def costs(before: Cost, after: Cost) -> Table:
 
 
 def plan_rows(plan: Plan) -> Table:
-    """Return channels kept per group, and why not fewer."""
-    return ["group", "kind", "channels", "kept", "note"], [
-        [g.name, g.kind, str(g.channels), str(g.channels - len(g.removed)), g.note or ""] for g in plan.groups
+    """Return channels kept per group, and why no more leave."""
+    return ["group", "kind", "channels", "kept", "why no more leave"], [
+        [g.name, g.kind, str(g.channels), str(g.channels - len(g.removed)), g.note or ""]
+        for g in (*plan.groups, *plan.refused)
     ]
 
 

@@ -41,6 +41,7 @@ from se_prune.records import (
     Cost,
     Evaluation,
     GateSite,
+    HiddenPolicy,
     HistoryEntry,
     LayerRefit,
     Plan,
@@ -88,6 +89,7 @@ def plan(
     statistics: Statistics | None = None,
     round_to: int = 1,
     min_channels: int = 2,
+    hidden: HiddenPolicy = "tie",
     repair: RepairMode = "refit",
     seed: int = 0,
     reporter: Reporter | None = None,
@@ -101,7 +103,8 @@ def plan(
     """
     needs = find(criterion).wants(repair)
     costs = layer_costs(network.module, found.cost.per_layer)
-    check_budget(found.couplings, costs, budget, round_to=round_to, min_channels=min_channels)
+    widths: dict[str, Any] = {"round_to": round_to, "min_channels": min_channels, "hidden": hidden}
+    check_budget(found.couplings, costs, budget, **widths)
     if statistics is not None:
         require_statistics(network, found, statistics)
     energies = None if statistics is None else statistics.energies
@@ -132,14 +135,7 @@ def plan(
     with (reporter or Silent()).stage(f"score by {criterion}", None):
         scores = score(criterion, evidence)
     network.module.cpu()
-    return make_plan(
-        found.couplings,
-        costs,
-        scores,
-        budget,
-        round_to=round_to,
-        min_channels=min_channels,
-    )
+    return make_plan(found.couplings, costs, scores, budget, **widths)
 
 
 def apply_plan(

@@ -77,6 +77,7 @@ def run_recipe(
     budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params)
     widths = {"round_to": recipe.apply.round_to, "min_channels": recipe.apply.min_channels}
     check_ranges(budget, **widths)
+    hidden = recipe.apply.hidden
     find(recipe.apply.criterion)
     for name in recipe.export:
         require_target(name)
@@ -85,7 +86,9 @@ def run_recipe(
     model = recipe.model
     dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
     found = measure.structure(dense)
-    check_budget(found.couplings, layer_costs(dense.module, found.cost.per_layer), budget, **widths)
+    check_budget(
+        found.couplings, layer_costs(dense.module, found.cost.per_layer), budget, **widths, hidden=hidden
+    )
     make_folder(folder)
     stages: list[StageResult] = []
 
@@ -109,6 +112,7 @@ def run_recipe(
         data=data,
         statistics=statistics,
         **widths,
+        hidden=hidden,
         repair=recipe.apply.repair,
         seed=recipe.seed,
         reporter=show,

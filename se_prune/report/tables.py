@@ -137,10 +137,10 @@ def groups(run: Run) -> Table | None:
     if not run.plan.groups:
         return None
     return Table(
-        caption="Channels of each group, in the order of the network",
+        caption="Channels of each group, in the order of the network; those that cannot be cut come last",
         head=("group", "kind", "before", "after", "kept", "why no more leave"),
         align="llrrrl",
-        rows=tuple(_group_row(group) for group in run.plan.groups),
+        rows=tuple(_group_row(group) for group in (*run.plan.groups, *run.plan.refused)),
     )
 
 

@@ -144,10 +144,13 @@ def test_apply(applied):
 def test_statistics_alone_are_enough_to_plan(applied):
     line = f"apply {NET} --macs 0.5 --repair none -o bare.safetensors"
     found = document(f"{line} --stats stats.safetensors")
-    assert found["plan"] == applied["plan"]
-    code, _, err = call(line)  # the control: without them, and without data, nothing can be planned
-    assert code == 2
-    assert "measures images: add --data, or --stats" in err
+    energy = document(f"{APPLY} --stats stats.safetensors --macs 0.5 --criterion gate-energy --dry-run")
+    assert found["plan"]["groups"] == energy["plan"]["groups"]
+    assert found["plan"]["groups"] != applied["plan"]["groups"]  # with the least-squares repair to follow
+    for other in (line, line.replace("--repair none", "--stats stats.safetensors --dry-run")):
+        code, _, err = call(other)  # the control: without them, or with that repair, images are needed
+        assert code == 2
+        assert "measures images: add --data; --criterion gate-energy does with --stats" in err
 
 
 def test_a_dry_run_plans_the_same_and_writes_nothing(place, applied):

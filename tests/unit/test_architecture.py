@@ -31,6 +31,7 @@ ORDER = (
     "channels",  # couplings
     "cost",
     "scoring",
+    "ledger",  # why no more channels leave
     "planning",
     "surgery",  # cut and repair
     "training",

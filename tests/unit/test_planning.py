@@ -134,7 +134,55 @@ def test_the_floor_is_a_sixteenth():
     kept = [g.channels - len(g.removed) for g in result.groups]
     assert kept[0] == 64 * FLOOR_SHARE == 4
     assert result.groups[0].note == "at its floor"
-    assert result.groups[1].note is None
+    assert result.groups[1].note == "all score above the cut"
+    both = plan(found, costs, scores([*range(64)], [0.5 + i for i in range(64)]), value=0.5)
+    assert [g.note for g in both.groups] == ["the rest score above the cut"] * 2
+
+
+def test_groups_that_cannot_be_cut_stand_in_the_plan_with_their_reason():
+    found, costs = chain(4, 4)
+    stuck = replace(found[1].group, prunable=False, reason="a bare parameter depends on it")
+    result = plan((found[0], replace(found[1], group=stuck)), costs, scores(range(4), range(4)))
+    assert [g.name for g in result.groups] == ["l0"]
+    assert [(g.name, g.channels, g.removed, g.note) for g in result.refused] == [
+        ("l1", 4, (), "a bare parameter depends on it")
+    ]
+    assert (result.channels_total, result.channels_removed) == (4, 2)
+
+
+@pytest.mark.parametrize("policy", ["tie", "prune", "keep"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_hidden_units_do(policy, kind):
+    network = built("zoo:se_mobilenet_x025")
+    result = random_plan(network, kind, 0.5, hidden=policy)
+    hidden = [g for g in result.groups if g.kind == "hidden"]
+    assert len(hidden) == 14
+    assert result.hidden == policy
+    lost = [len(g.removed) for g in hidden]
+    shares = {len(g.removed) / g.channels for g in hidden}
+    if policy == "keep":
+        assert set(lost) == {0}
+        assert {g.note for g in hidden} == {"hidden units are kept"}
+    elif policy == "tie":
+        assert sum(lost) > 0
+        assert {g.note for g in hidden} <= {"follows the channels it gates", "gates uncut channels"}
+    else:
+        assert sum(lost) > 0
+        assert len(shares) > 2
+    measure = {
+        "macs": result.macs_after / result.macs_before,
+        "params": result.params_after / result.params_before,
+    }
+    if kind in measure:
+        assert 0.49 < measure[kind] <= 0.5
+
+
+def test_a_budget_that_only_other_hidden_units_would_meet():
+    found = built("zoo:se_mobilenet_x025")
+    least = 0.03
+    assert random_plan(found, "params", least, hidden="prune").params_after > 0
+    with pytest.raises(BudgetError, match="must stay"):
+        random_plan(found, "params", least, hidden="keep")
 
 
 @pytest.mark.parametrize("least", [1, 2, 3, 5])

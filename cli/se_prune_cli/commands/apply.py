@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from se_prune.records import RepairMode
+from se_prune.records import HiddenPolicy, RepairMode
 from se_prune_cli.output import (
     Arch,
     Device,
@@ -38,6 +38,12 @@ def command(
     criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "excitation",
     round_to: Annotated[int, typer.Option(help="Keep multiples of this many channels.")] = 1,
     min_channels: Annotated[int, typer.Option(help="No group keeps fewer.")] = 2,
+    hidden: Annotated[
+        HiddenPolicy,
+        typer.Option(
+            help="Hidden units leave by their own scores, tied to the channels they gate, or are kept."
+        ),
+    ] = "tie",
     repair: Annotated[
         RepairMode,
         typer.Option(help="After the cut: least squares and BN statistics, BN statistics alone, or nothing."),
@@ -101,6 +107,7 @@ def command(
         statistics=statistics,
         round_to=round_to,
         min_channels=min_channels,
+        hidden=hidden,
         repair=repair,
         seed=seed,
         reporter=show,
