@@ -1,4 +1,4 @@
-"""Gate sites found in the networks of timm, torchvision and pytorchcv against the SE modules in their code.
+"""Gate sites found in the networks of our zoo, timm, torchvision and pytorchcv against the SE modules in their code.
 
 Weights are random and inputs small: which sites there are depends on neither. A finished network is a line of
 `reports/discovery.jsonl` and is not run again. pytorchcv is taken where it is installed.
@@ -24,8 +24,10 @@ from torch import nn
 from reports.bench.common import FOLDER, append_row, markdown_table, read_rows, write_report
 from se_prune.gates.sites import discover
 from se_prune.gates.trace import trace
+from se_prune.zoo import registry
 
 ROWS = FOLDER / "discovery.jsonl"
+LIBRARIES = ("zoo", "timm", "torchvision", "pytorchcv")
 #: Larger networks are left out, by millions of parameters.
 LARGEST = 150
 #: Sides that are tried before the network's own input size.
@@ -48,6 +50,9 @@ SE_CLASSES = frozenset(
         "torchvision.ops.misc.SqueezeExcitation",
         "torchvision.models.quantization.mobilenetv3.QuantizableSqueezeExcitation",
         "pytorchcv.models.common.att.SEBlock",
+        "se_prune.zoo.blocks.SEBlock",
+        "se_prune.zoo.blocks.SEModule",
+        "se_prune.zoo.linear_gate.LinearSE",
         "pytorchcv.models.cbamresnet.ChannelGate",
     }
 )
@@ -108,6 +113,8 @@ def is_se(module: nn.Module) -> bool:
 
 def build(library: str, name: str) -> nn.Module:
     """Build a network with random weights."""
+    if library == "zoo":
+        return registry.build(registry.resolve(f"zoo:{name}"))
     if library == "timm":
         import timm
 
@@ -124,8 +131,10 @@ def build(library: str, name: str) -> nn.Module:
     return get_model(name, pretrained=False)
 
 
-def own_size(library: str, network: nn.Module) -> tuple[int, int, int]:
+def own_size(library: str, name: str, network: nn.Module) -> tuple[int, int, int]:
     """Return the input size (C, H, W) that a network is made for."""
+    if library == "zoo":
+        return registry.default_preprocessing(registry.resolve(f"zoo:{name}")).input_size
     if library == "timm":
         return tuple(network.default_cfg["input_size"])
     if library == "pytorchcv":
@@ -135,6 +144,8 @@ def own_size(library: str, network: nn.Module) -> tuple[int, int, int]:
 
 def names(library: str, done: set[str]) -> Iterable[str]:
     """Return the networks of a library to look at but those `done`: of timm, all that may have SE modules."""
+    if library == "zoo":
+        return registry.names("zoo")
     if library == "torchvision":
         return [*TORCHVISION, *WITHOUT[library]]
     if library == "timm":
@@ -174,8 +185,8 @@ def counted(network: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def sizes(library: str, network: nn.Module) -> list[tuple[int, int, int]]:
-    channels, height, width = own_size(library, network)
+def sizes(library: str, name: str, network: nn.Module) -> list[tuple[int, int, int]]:
+    channels, height, width = own_size(library, name, network)
     return [(channels, side, side) for side in SIDES if side < min(height, width)] + [
         (channels, height, width)
     ]
@@ -191,7 +202,7 @@ def study(library: str, name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     network = build(library, name).eval()
     row["params"] = sum(p.numel() for p in network.parameters())
-    for size in sizes(library, network):
+    for size in sizes(library, name, network):
         try:
             found = measured(network, torch.randn(1, *size))
             row.pop("error", None)
@@ -273,7 +284,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         f"than {LARGEST} M parameters are skipped.\n"
     )
     table = []
-    for library in ("timm", "torchvision", "pytorchcv"):
+    for library in LIBRARIES:
         part = [r for r in ran if r["library"] == library]
         have, have_not = [r for r in part if r["modules"]], [r for r in part if not r["modules"]]
         same = [r for r in part if verdict(r) == "match"]
@@ -347,7 +358,7 @@ def main() -> None:
     """Write `reports/discovery.md`."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for library in ("torchvision", "timm", "pytorchcv"):
+    for library in LIBRARIES:
         done = {r["name"] for r in read_rows(ROWS) if r["library"] == library}
         for name in names(library, done):
             if name in done:
@@ -356,5 +367,5 @@ def main() -> None:
             append_row(ROWS, row)
             print(json.dumps(row), flush=True)
             gc.collect()
-    rows = sorted(read_rows(ROWS), key=lambda r: (r["library"] != "timm", r["library"], r["name"]))
+    rows = sorted(read_rows(ROWS), key=lambda r: (LIBRARIES.index(r["library"]), r["name"]))
     write_report("discovery", "python -m reports.bench discovery", report(rows), rows)
