@@ -62,6 +62,10 @@ class Cost:
     uncounted: dict[str, int] = field(default_factory=dict)
 
 
+#: Two FC layers; one convolution along the channels (ECA); one FC layer (effective SE).
+SiteKind = Literal["se", "eca", "effective-se"]
+
+
 @record
 class GateSite:
     """One SE block: where the multiply happens and the layers that compute its gate.
@@ -69,7 +73,8 @@ class GateSite:
     `owner` is the module whose forward multiplies (the `call`-th time it runs, the `multiply`-th multiply
     in it, with the gate as operand `gate_operand`); `reduce` and `expand` name the two FC layers (`reduce` is
     None for a gate of one layer, `hidden` is 0 then). `features` is the layer whose output channels the gate
-    scales, where the trace shows one.
+    scales, where the trace shows one. `squeeze` is how the map is pooled (`avg`, `max`, `avg+max`), `scale` the
+    largest value of the gate: 1, but 2 for `2·sigmoid`. A factor after the multiply is no part of the site.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -84,6 +89,19 @@ class GateSite:
     expand: str | None
     features: str | None = None
     gate_activation: str = "sigmoid"
+    kind: SiteKind = "se"
+    squeeze: str = "avg"
+    scale: float = 1.0
+
+
+@record
+class LeftAlone:
+    """A multiply by what looks like a gate and is no gate site: its module, the product's shape (C, H, W), why."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    name: str
+    shape: tuple[int, ...]
+    reason: str
 
 
 GroupKind = Literal["gated", "stream", "inner", "hidden"]
@@ -153,7 +171,7 @@ class LayerCost:
 
 @record
 class Inspection:
-    """What `inspect` finds: the gate sites, the channel groups and the cost of a network."""
+    """What `inspect` finds: the gate sites, what was left alone, the channel groups and the cost of a network."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -161,6 +179,7 @@ class Inspection:
     sites: tuple[GateSite, ...]
     groups: tuple[ChannelGroup, ...]
     cost: Cost
+    left_alone: tuple[LeftAlone, ...] = ()
 
 
 @record

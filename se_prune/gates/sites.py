@@ -1,39 +1,45 @@
-"""Finding gate sites: every multiply of a feature map by a gate computed from that map's own pooled values."""
+"""Finding gate sites: every multiply of a feature map by a gate computed from that map's own pooled values.
+
+A gate has one value per image and channel, in [0, 1] or a multiple of it; between the squeeze and the gate stand one
+or two learned layers. What looks like a gate and is none is reported with the reason. N images, C channels, H×W
+positions.
+"""
 
 from __future__ import annotations
 
 import collections
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from se_prune.gates.trace import Node, Trace, trace
-from se_prune.records import GateSite
+from se_prune.gates.bounds import CLIPS, RISING
+from se_prune.gates.flow import Flow, follow, positions
+from se_prune.gates.ops import ELEMENTWISE, FC_OPS, SOFTMAX, VIEWS, base
+from se_prune.gates.squeeze import NoSqueezeError, Squeeze, find_squeeze
+from se_prune.gates.trace import Node, trace
+from se_prune.records import GateSite, LeftAlone, SiteKind
 
-FC_OPS = frozenset({"convolution", "addmm", "mm", "bmm", "linear", "conv1d", "conv2d"})
-#: Operations that keep each channel to itself: walking through them stays with the same feature map.
-CHANNELWISE = frozenset(
-    {
-        "relu", "relu_", "silu", "silu_", "hardswish", "hardswish_", "gelu", "sigmoid", "hardtanh", "hardtanh_",
-        "clamp", "clamp_", "clamp_min", "clamp_min_", "leaky_relu", "leaky_relu_", "elu", "elu_", "mish", "mish_",
-        "tanh", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm",
-        "alias", "detach", "clone", "contiguous", "_to_copy", "native_dropout", "dropout", "add", "mul", "div",
-        "view", "_unsafe_view", "expand",
-    }
-)  # fmt: skip
-GATE_ACTIVATIONS = frozenset(
-    {"sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "clamp", "clamp_", "div", "hardtanh"}
-)
+#: Names of gate activations: functions that bound their values.
+GATE_ACTIVATIONS = (RISING.keys() | CLIPS.keys()) - {"relu"}
+BRANCHES = "a softmax over branches: the gates share one sum and none closes by itself"
 
 
-def positions(shape: tuple[int, ...]) -> int:
-    """Return how many positions H·W a tensor (N, C, H, W) has; 1 for (N, C)."""
-    return math.prod(shape[2:])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discovery:
+    """The gate sites of a network in the order in which they run, and what looks like one and was left alone."""
+
+    sites: tuple[GateSite, ...]
+    left_alone: tuple[LeftAlone, ...]
 
 
 def find_sites(model: nn.Module, example: torch.Tensor) -> tuple[GateSite, ...]:
+    """Return the gate sites of `discover`; empty where there is none."""
+    return discover(model, example).sites
+
+
+def discover(model: nn.Module, example: torch.Tensor) -> Discovery:
     """Find the gate sites of a network from one forward pass.
 
     Args:
@@ -41,44 +47,148 @@ def find_sites(model: nn.Module, example: torch.Tensor) -> tuple[GateSite, ...]:
         example: Images (N, C, H, W) of the network's input size.
 
     Returns:
-        The sites in the order in which they run. Empty where there is none.
+        The sites, and the multiplies by something like a gate that are no site.
     """
-    record = trace(model, example)
+    flow = follow(trace(model, example))
     sites: list[GateSite] = []
+    left: list[LeftAlone] = []
     used: collections.Counter[str] = collections.Counter()
-    for node in record.nodes:
-        if node.op not in {"mul", "mul_"} or node.multiply is None or len(node.operands) < 2:
-            continue
-        site = _site(record, node, 1) or _site(record, node, 0)
-        if site is not None:
-            used[site.name] += 1
-            times = used[site.name]
-            sites.append(site if times == 1 else replace(site, name=f"{site.name}#{times}"))
-    return tuple(sites)
+    for node in flow.record.nodes:
+        found = _judge(flow, node) if base(node.op) == "mul" else None
+        if isinstance(found, GateSite):
+            used[found.name] += 1
+            times = used[found.name]
+            sites.append(found if times == 1 else replace(found, name=f"{found.name}#{times}"))
+        elif found is not None:
+            left.append(LeftAlone(name=node.module, shape=node.shape[1:], reason=found))
+    return Discovery(sites=tuple(sites), left_alone=tuple(left))
 
 
-def _site(record: Trace, node: Node, operand: int) -> GateSite | None:
-    """Return the site of a multiply whose `operand` is the gate, or None if it is no gate."""
-    gate_index, features_index = node.operands[operand], node.operands[1 - operand]
-    if gate_index is None or features_index is None or gate_index == features_index:
+def explain(site: GateSite) -> str:
+    """Say in one line how a site pools, which layers make its gate, what it scales and where."""
+
+    def short(layer: str) -> str:
+        return layer.removeprefix(f"{site.name}.")
+
+    steps = [f"{site.squeeze} squeeze"]
+    if site.reduce is not None:
+        steps.append(f"{short(site.reduce)} ({site.hidden} hidden)")
+    if site.expand is not None:
+        steps.append(short(site.expand) + (" along the channels" if site.kind == "eca" else ""))
+    steps.append(("" if site.scale == 1 else f"{site.scale:g}·") + site.gate_activation)
+    scaled = site.features or f"a map of {site.channels} channels"
+    where = "" if site.owner == site.name else f", multiplied in {site.owner or 'the network itself'}"
+    return f"{' → '.join(steps)}, × {scaled}{where}"
+
+
+def _judge(flow: Flow, node: Node) -> GateSite | str | None:
+    """Return the site of a multiply, or why what looks like a gate is none, or None where nothing does."""
+    if len(node.operands) < 2 or node.operands[0] is None or node.operands[1] is None:
         return None
-    gate_index = _unexpanded(record, gate_index)
-    if len(node.shape) != 4 or positions(node.shape) == 1 or positions(record.nodes[gate_index].shape) != 1:
+    second = _verdict(flow, node, 1)
+    if isinstance(second, GateSite):
+        return second
+    first = _verdict(flow, node, 0)
+    return first if second is None or isinstance(first, GateSite) else second
+
+
+def _verdict(flow: Flow, node: Node, operand: int) -> GateSite | str | None:
+    """Judge a multiply by its `operand` as the gate."""
+    gate, features = node.operands[operand], node.operands[1 - operand]
+    if gate is None or features is None or not flow.live[gate] or len(node.shape) < 4:
         return None
-    path = _path_to_squeeze(record, gate_index)
-    if path is None or not _same_map(record, path[0], features_index):
-        return None
-    steps = [record.nodes[i] for i in path[1]]
-    layers = [i for i, step in enumerate(steps) if step.op in FC_OPS and step.layers]
-    if not layers:
-        return None
-    activation = next((step.op for step in steps[layers[-1] :] if step.op in GATE_ACTIVATIONS), None)
-    if activation is None:
-        return None
-    first, last = steps[layers[0]], steps[layers[-1]]
-    two = len(layers) > 1
+    gate_shape, shape = flow.record.nodes[gate].shape, flow.record.nodes[features].shape
+    if shape != node.shape or (flow.roots[gate] == flow.roots[features] and gate_shape == shape):
+        return None  # the map that is scaled has the product's shape; x · f(x) is an activation
+    low, high = flow.bounds[gate]
+    bounded = math.isfinite(low) and math.isfinite(high)
+    if not flow.uniform[gate] or len(gate_shape) != 4 or gate_shape[1] != shape[1]:
+        return _other_shape(flow, gate, shape) if bounded else None
+    return _by_channel(flow, node, operand, bounded)
+
+
+def _by_channel(flow: Flow, node: Node, operand: int, bounded: bool) -> GateSite | str | None:
+    """Judge a multiply by one value per image and channel."""
+    gate, features = node.operands[operand], node.operands[1 - operand]
+    assert gate is not None
+    assert features is not None
+    if bounded and _is_softmax(flow, gate):
+        return BRANCHES
+    try:
+        squeeze = find_squeeze(flow, gate, features)
+    except NoSqueezeError as error:
+        return str(error) if bounded else None
+    fcs = _fcs(flow, squeeze.steps)
+    reason = _refused(flow, node, gate, fcs)
+    if reason is not None:
+        return reason if bounded or fcs else None
+    return _site(flow, node, operand, squeeze)
+
+
+def _fcs(flow: Flow, steps: tuple[int, ...]) -> list[Node]:
+    """Return the distinct layers among the steps; layers that average and maximum share are one."""
+    distinct: dict[tuple[str, ...], Node] = {}
+    for step in (flow.record.nodes[i] for i in steps):
+        if step.op in FC_OPS and step.parameters:
+            distinct.setdefault(step.parameters, step)
+    return list(distinct.values())
+
+
+def _other_shape(flow: Flow, gate: int, shape: tuple[int, ...]) -> str:
+    """Say what kind of gate differs from one value per channel of a map `shape`."""
+    found = flow.record.nodes[gate].shape
+    if _is_softmax(flow, gate):
+        return BRANCHES if len(shape) != 4 else "a softmax (attention)"
+    if len(shape) != 4 or len(found) != 4:
+        return f"its features {shape} are no map (N, C, H, W)"
+    if found[1:3] == (1, 1) and found[3] == shape[3] > 1 < shape[1]:
+        return "its channels come last; gates are measured on maps (N, C, H, W)"
+    if found[1] == 1:
+        kind = "image" if positions(found) == 1 else "position (a spatial gate)"
+        return f"one value per {kind}, not per channel"
+    if 1 in found[2:] and positions(shape) > 1 and found[2:] != shape[2:]:
+        return "it differs along one axis of the map"
+    return "it differs from position to position"
+
+
+def _is_softmax(flow: Flow, index: int) -> bool:
+    """Say whether a value is a softmax, but for views and arithmetic after it."""
+    queue, seen = [index], set[int]()
+    while queue and len(seen) < 32:
+        current = queue.pop()
+        node = flow.record.nodes[current]
+        if node.op in SOFTMAX:
+            return True
+        seen.add(current)
+        if base(node.op) in ELEMENTWISE | VIEWS | {"split", "select", "slice", "unbind"}:
+            queue.extend(i for i in node.inputs if i not in seen)
+    return False
+
+
+def _refused(flow: Flow, node: Node, gate: int, fcs: list[Node]) -> str | None:
+    """Return what keeps a per-channel gate of the map's own pooled values from being a site."""
+    low, high = flow.bounds[gate]
+    reasons = [
+        (node.multiply is None, "its multiply runs in scripted code, where gates cannot be read"),
+        (not fcs, "no learned layer stands between squeeze and gate"),
+        (len(fcs) > 2, f"{len(fcs)} learned layers stand between squeeze and gate, not one or two"),
+        (low < 0 or math.isinf(high), "its values are not limited to [0, 1] or a multiple of it"),
+        (high > 1 and low > high / 10, f"its values lie in [{low:.3g}, {high:.3g}]: it never closes"),
+    ]
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def _site(flow: Flow, node: Node, operand: int, squeeze: Squeeze) -> GateSite:
+    fcs = _fcs(flow, squeeze.steps)
+    first, last = fcs[0], fcs[-1]
+    gate, features = node.operands[operand], node.operands[1 - operand]
+    assert gate is not None
+    assert features is not None
+    across = last.shape[1] != node.shape[1]
+    kind: SiteKind = "eca" if across else "effective-se" if len(fcs) == 1 else "se"
     expand = last.layers[0]
     inside = expand.startswith(f"{node.module}.")
+    hidden = first.shape[1] if across else math.prod(first.shape[1:])
     return GateSite(
         name=node.module if inside else expand.rpartition(".")[0] or expand,
         owner=node.module,
@@ -86,63 +196,35 @@ def _site(record: Trace, node: Node, operand: int) -> GateSite | None:
         multiply=node.multiply or 0,
         gate_operand=operand,
         channels=node.shape[1],
-        hidden=first.shape[1] if two else 0,
-        reduce=first.layers[0] if two else None,
+        hidden=hidden if len(fcs) > 1 else 0,
+        reduce=first.layers[0] if len(fcs) > 1 else None,
         expand=expand,
-        features=_maker(record, features_index),
-        gate_activation=activation,
+        features=_maker(flow, features),
+        gate_activation=_activation(flow, squeeze.steps, last),
+        kind=kind,
+        squeeze=squeeze.kind,
+        scale=round(flow.bounds[gate][1], 2),
     )
 
 
-def _unexpanded(record: Trace, index: int) -> int:
-    while record.nodes[index].op in {"expand", "alias"} and record.nodes[index].inputs:
-        index = record.nodes[index].inputs[0]
-    return index
+def _activation(flow: Flow, steps: tuple[int, ...], last: Node) -> str:
+    """Return the first function after the last layer that bounds its values."""
+    nodes = [flow.record.nodes[i] for i in steps]
+    after = nodes[max(i for i, node in enumerate(nodes) if node.parameters == last.parameters) + 1 :]
+    return next((base(node.op) for node in after if base(node.op) in GATE_ACTIVATIONS), "other")
 
 
-def _path_to_squeeze(record: Trace, gate: int) -> tuple[int, list[int]] | None:
-    """Walk back from the gate to the one map that its squeeze pooled; None if it depends on anything else."""
-    seen: set[int] = set()
-    queue, sources = [gate], set()
+def _maker(flow: Flow, index: int) -> str | None:
+    """Return the convolution whose output the features are, through elementwise operations."""
+    nodes = flow.record.nodes
+    queue, seen = collections.deque([(index, 0)]), {index}
     while queue:
-        index = queue.pop()
-        if index in seen:
-            continue
-        seen.add(index)
-        node = record.nodes[index]
-        if not node.inputs:
-            return None
-        for previous in node.inputs:
-            if positions(record.nodes[previous].shape) > 1 and len(record.nodes[previous].shape) == 4:
-                sources.add(previous)
-            else:
-                queue.append(previous)
-        if len(seen) > 64:
-            return None
-    if len(sources) != 1:
-        return None
-    return sources.pop(), sorted(seen)
-
-
-def _ancestors(record: Trace, index: int, limit: int = 8) -> list[int]:
-    found, queue = [], [(index, 0)]
-    while queue:
-        current, depth = queue.pop(0)
-        found.append(current)
-        node = record.nodes[current]
-        if node.op in CHANNELWISE and depth < limit:
-            queue.extend((i, depth + 1) for i in node.inputs if record.nodes[i].shape == node.shape)
-    return found
-
-
-def _same_map(record: Trace, first: int, second: int) -> bool:
-    a, b = _ancestors(record, first), _ancestors(record, second)
-    return first in b or second in a or bool(set(a) & set(b))
-
-
-def _maker(record: Trace, index: int) -> str | None:
-    for current in _ancestors(record, index):
-        node = record.nodes[current]
+        current, depth = queue.popleft()
+        node = nodes[current]
         if node.op == "convolution" and node.layers:
             return node.layers[0]
+        if base(node.op) in ELEMENTWISE and depth < 8:
+            new = [i for i in node.inputs if nodes[i].shape == node.shape and i not in seen]
+            seen.update(new)
+            queue.extend((i, depth + 1) for i in new)
     return None

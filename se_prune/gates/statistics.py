@@ -40,7 +40,8 @@ ENERGY_COUNTS = "energy-counts"
 class SiteSums:
     """Sums over images of one site: gates and energies per class and channel (K, C), histogram (C, B).
 
-    `u2` is Σ mean_hw u², so `su2` = Σ s·mean u² and `s2u2` = Σ s²·mean u² = Σ mean v²; `v` = Σ mean v.
+    `u2` is Σ mean_hw u², so `su2` = Σ s·mean u² and `s2u2` = Σ s²·mean u² = Σ mean v²; `v` = Σ mean v. The
+    histogram is of s over the site's `scale`.
     """
 
     s: torch.Tensor
@@ -219,6 +220,8 @@ class Collector:
         self.counts = torch.zeros(classes, dtype=torch.float64)
         self.labels = torch.zeros(0, dtype=torch.long)
         self.pending: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        scales = [site.scale for site in self.sites for _ in range(site.channels)]
+        self.scales = None if all(scale == 1 for scale in scales) else torch.tensor(scales)
         # mps has no float64: there the sums of a batch are taken on the CPU
         self.accumulate_on = torch.device("cpu") if device.type == "mps" else device
 
@@ -266,7 +269,8 @@ class Collector:
         low, high = gates.amin(0).cpu().double(), gates.amax(0).cpu().double()
         torch.minimum(self.joined.smin, low, out=self.joined.smin)
         torch.maximum(self.joined.smax, high, out=self.joined.smax)
-        self.joined.histogram.add_(_histogram(gates).cpu())
+        shares = gates if self.scales is None else gates / self.scales.to(gates)
+        self.joined.histogram.add_(_histogram(shares).cpu())
 
 
 def _add_images(

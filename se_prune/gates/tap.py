@@ -18,6 +18,8 @@ from se_prune.errors import SurgeryError
 from se_prune.gates.trace import MULTIPLIES
 from se_prune.records import GateSite
 
+#: Multiplies that write into their first operand.
+IN_PLACE = frozenset({torch.Tensor.mul_, torch.Tensor.multiply_, torch.Tensor.__imul__})
 #: Called with the site, `u` and `s`; returns the gate to use instead, or None to leave it.
 OnGate = Callable[[GateSite, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
@@ -36,17 +38,22 @@ class _Tap(TorchFunctionMode):
             self.count += 1
             if site is not None:
                 operands = (*args, *(named.pop(key) for key in ("input", "other") if key in named))
-                args = self._replaced(site, operands)
+                args = self._replaced(site, operands, func in IN_PLACE)
         return func(*args, **named)
 
-    def _replaced(self, site: GateSite, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _replaced(self, site: GateSite, args: tuple[Any, ...], in_place: bool) -> tuple[Any, ...]:
         gate, features = args[site.gate_operand], args[1 - site.gate_operand]
         narrow = gate[:, :, :1, :1] if gate.ndim == 4 else gate
+        if in_place and site.gate_operand == 0:
+            narrow = narrow.clone()  # the product is about to be written over it
         new = self.on_gate(site, features, narrow)
         if new is None:
             return args
         operands = list(args)
-        operands[site.gate_operand] = new.expand(features.shape) if site.gate_operand == 0 else new
+        if site.gate_operand == 0:
+            new = new.expand(features.shape)
+            new = new.clone() if in_place else new
+        operands[site.gate_operand] = new
         return tuple(operands)
 
 

@@ -7,7 +7,7 @@ ATen's, so that `x.mean((2, 3))` and `AdaptiveAvgPool2d(1)` are the same thing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 #: The spellings of a multiply; in each the two operands are the first two arguments.
 MULTIPLIES = frozenset(
@@ -35,16 +35,27 @@ MULTIPLIES = frozenset(
 
 @dataclass(slots=True)
 class Node:
-    """One operation: `inputs` are indices of earlier nodes, `layers` the parameters' modules it read."""
+    """One operation's result: `inputs` are indices of earlier nodes, `parameters` the names of those it read.
+
+    `operands` are the nodes among its positional arguments, `args` the plain values among them; in each, None
+    stands for what the other holds. `multiply` is its number among the multiplies that its module calls, None
+    where no Python code called one (also in scripted code).
+    """
 
     op: str
     inputs: tuple[int, ...]
-    layers: tuple[str, ...]
+    parameters: tuple[str, ...]
     shape: tuple[int, ...]
     module: str
     call: int
     multiply: int | None
     operands: tuple[int | None, ...] = ()
+    args: tuple[Any, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The modules whose parameters it read."""
+        return tuple(name.rpartition(".")[0] for name in self.parameters)
 
 
 @dataclass(slots=True)
@@ -84,44 +95,68 @@ class _Multiplies(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Appends a node per ATen operation."""
+    """Appends a node per ATen operation; tensors are known by identity and die when the network drops them."""
 
-    def __init__(
-        self, trace: Trace, stack: list[Frame], multiplies: _Multiplies, layers: dict[int, str]
-    ) -> None:
+    def __init__(self, trace: Trace, stack: list[Frame], multiplies: _Multiplies, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.trace, self.stack, self.multiplies, self.layers = trace, stack, multiplies, layers
-        self.producer: dict[int, int] = {}
-        self.alive: list[torch.Tensor] = []
+        self.trace, self.stack, self.multiplies = trace, stack, multiplies
+        self.producer: MutableMapping[torch.Tensor, int] = WeakIdKeyDictionary()
+        self.parameters: MutableMapping[torch.Tensor, str] = WeakIdKeyDictionary()
+        self.stored = [*model.named_parameters(), *model.named_buffers()]
+        for name, value in self.stored:
+            self.parameters[value] = name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [a for a in tree_leaves((args, kwargs or {})) if isinstance(a, torch.Tensor)]
-        inputs = tuple(self.producer[id(t)] for t in tensors if id(t) in self.producer)
-        layers = tuple(self.layers[id(t)] for t in tensors if id(t) in self.layers)
-        operands = tuple(self.producer.get(id(a)) if isinstance(a, torch.Tensor) else None for a in args)
+        tensors = [*_tensors(args), *(_tensors(kwargs.values()) if kwargs else ())]
+        inputs = tuple(i for i in map(self.producer.get, tensors) if i is not None)
+        parameters = tuple(name for name in map(self.parameters.get, tensors) if name is not None)
+        operands = tuple(self.producer.get(a) if isinstance(a, torch.Tensor) else None for a in args)
+        plain = tuple(_plain(a) for a in args)
         out = func(*args, **(kwargs or {}))
+        op = str(func.overloadpacket).removeprefix("aten.")
+        if kwargs and "alpha" in kwargs:
+            op += "_alpha"  # a + alpha·b; such sums are not followed
+        results = list(_tensors((out,)))
         frame = self.stack[-1]
-        results = [o for o in tree_leaves(out) if isinstance(o, torch.Tensor)]
-        node = Node(
-            op=str(func.overloadpacket).removeprefix("aten."),
-            inputs=inputs,
-            layers=layers,
-            shape=tuple(results[0].shape) if results else (),
-            module=frame.name,
-            call=frame.call,
-            multiply=self.multiplies.current,
-            operands=operands,
-        )
-        index = len(self.trace.nodes)
-        self.trace.nodes.append(node)
-        for result in results:
-            if inputs or layers or id(result) not in self.layers:
-                self.producer[id(result)] = index
-            if layers and not inputs:
-                self.layers[id(result)] = layers[0]  # a view of a parameter still names its layer
-                self.producer.pop(id(result), None)
-            self.alive.append(result)
+        for position, result in enumerate(results):
+            # the parts of a split are different tensors; the further results of a norm or a pool are not maps
+            if position == 0 or isinstance(out, list):
+                node = Node(
+                    op=op,
+                    inputs=inputs,
+                    parameters=parameters,
+                    shape=tuple(result.shape),
+                    module=frame.name,
+                    call=frame.call,
+                    multiply=self.multiplies.current,
+                    operands=operands,
+                    args=plain,
+                )
+                self.trace.nodes.append(node)
+            if parameters and not inputs:
+                self.parameters[result] = parameters[0]  # a view of a parameter still names its layer
+                self.producer.pop(result, None)
+            else:
+                self.producer[result] = len(self.trace.nodes) - 1
         return out
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among an operation's arguments or results, which nest once at most."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (v for v in value if isinstance(v, torch.Tensor))
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument as a plain value, None for tensors and lists of them."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (bool, int, float)) for v in value):
+        return tuple(value)
+    return None
 
 
 @contextlib.contextmanager
@@ -140,7 +175,7 @@ def _module_stack(model: nn.Module, stack: list[Frame]) -> Iterator[None]:
 
     handles = []
     for name, module in model.named_modules():
-        if name:
+        if name and not isinstance(module, torch.jit.ScriptModule):  # those take no hooks
             handles.append(module.register_forward_pre_hook(enter(name)))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
@@ -154,15 +189,12 @@ def trace(model: nn.Module, example: torch.Tensor) -> Trace:
     """Run `model` on `example` (N, C, H, W) in eval mode without gradients and record every operation."""
     result = Trace()
     stack = [Frame("", 0)]
-    layers = {}
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        layers[id(parameter)] = name.rpartition(".")[0]
     was_training = [m for m in model.modules() if m.training]
     model.eval()
     multiplies = _Multiplies(stack)
-    recorder = _Recorder(result, stack, multiplies, layers)
+    recorder = _Recorder(result, stack, multiplies, model)
     result.nodes.append(Node("input", (), (), tuple(example.shape), "", 0, None))
-    recorder.producer[id(example)] = 0
+    recorder.producer[example] = 0
     try:
         with torch.no_grad(), _module_stack(model, stack), recorder, multiplies:
             model(example)

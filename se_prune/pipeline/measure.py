@@ -17,9 +17,9 @@ from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
 from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.gates.energies import ChannelEnergies, collect_energies
-from se_prune.gates.sites import find_sites
+from se_prune.gates.sites import discover, find_sites
 from se_prune.gates.statistics import Statistics, collect
-from se_prune.records import Cost, Coupling, GateSite, Inspection, Preprocessing
+from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone, Preprocessing
 
 #: Training images that scores and repair look at, unless told otherwise.
 MEASURED_IMAGES = 2048
@@ -47,12 +47,13 @@ class Silent:
 
 @dataclass(slots=True, kw_only=True)
 class Structure:
-    """What the network is made of: gate sites, channel groups and cost."""
+    """What the network is made of: gate sites, channel groups and cost; what looks like a gate site and is none."""
 
     example: torch.Tensor
     sites: tuple[GateSite, ...]
     couplings: tuple[Coupling, ...]
     cost: Cost
+    left_alone: tuple[LeftAlone, ...] = ()
 
 
 def example_input(preprocessing: Preprocessing, n: int = 1) -> torch.Tensor:
@@ -68,12 +69,13 @@ def structure(network: Network) -> Structure:
         SurgeryError: torch-pruning cannot trace it.
     """
     example = example_input(network.header.preprocessing)
-    sites = find_sites(network.module, example)
+    found = discover(network.module, example)
     return Structure(
         example=example,
-        sites=sites,
-        couplings=couplings(network.module, example, sites),
-        cost=count_cost(network.module, network.header.preprocessing, sites),
+        sites=found.sites,
+        couplings=couplings(network.module, example, found.sites),
+        cost=count_cost(network.module, network.header.preprocessing, found.sites),
+        left_alone=found.left_alone,
     )
 
 
@@ -85,6 +87,7 @@ def inspect(network: Network) -> Inspection:
         sites=found.sites,
         groups=tuple(c.group for c in found.couplings),
         cost=found.cost,
+        left_alone=found.left_alone,
     )
 
 

@@ -87,6 +87,8 @@ def test_inspect(place):
     assert {"sites", "groups", "cost"} <= set(found)
     assert len(found["sites"]) == 9
     assert all({"name", "channels", "hidden"} <= set(s) for s in found["sites"])
+    assert all(s["explanation"].startswith("avg squeeze → reduce (") for s in found["sites"])
+    assert found["left_alone"] == []
     assert all({"name", "kind", "channels"} <= set(g) for g in found["groups"])
     assert found["cost"]["params"] > 100_000
     assert found["cost"]["macs"] > found["cost"]["params"]

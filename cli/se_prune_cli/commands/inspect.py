@@ -31,6 +31,7 @@ def command(
     """Show the gate sites, the channel groups and the cost of a network."""
     from se_prune import pipeline
     from se_prune.checkpoint import open_model
+    from se_prune.gates.sites import explain
     from se_prune.schema import to_dict
 
     out = Output(as_json)
@@ -39,9 +40,15 @@ def command(
     found = pipeline.inspect(network)
     out.table(
         f"{len(found.sites)} gate sites",
-        ["gate site", "channels", "hidden", "gate", "scales the output of"],
-        [[s.name, str(s.channels), str(s.hidden), s.gate_activation, s.features or "?"] for s in found.sites],
+        ["gate site", "kind", "channels", "gate, × what it scales"],
+        [[s.name, s.kind, str(s.channels), explain(s)] for s in found.sites],
     )
+    if found.left_alone:
+        out.table(
+            f"{len(found.left_alone)} multiplies that look like gates and are none",
+            ["in", "product (C, H, W)", "left alone because"],
+            [[a.name or "(the network)", "×".join(map(str, a.shape)), a.reason] for a in found.left_alone],
+        )
     out.table(
         f"{len(found.groups)} channel groups",
         ["group", "kind", "channels", "layers", "can be cut"],
@@ -68,5 +75,7 @@ def command(
     rest = ", ".join(f"{name} ×{times}" for name, times in cost.uncounted.items())
     out.say(f"not counted: {rest or 'nothing'}")
     document = to_dict(found)
+    for values, site in zip(document["sites"], found.sites, strict=True):
+        values["explanation"] = explain(site)
     document["cost"] = {key: value for key, value in document["cost"].items() if key != "per_layer"}
     out.document(document)
