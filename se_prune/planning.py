@@ -322,8 +322,12 @@ def _descend(problem: _Problem, budget: Budget, target: float, scores: Scores) -
 
 
 def _fill(problem: _Problem, budget: Budget, target: float, kept: list[int], scores: Scores) -> list[int]:
-    """Put channels back, the highest-scored step first, as long as the target is still met."""
-    undo = [(score, group, width) for score, group, width in _steps(problem, scores) if kept[group] <= width]
+    """Put channels back, the highest-scored step first, as long as the target is still met.
+
+    Hidden units that the budget does not count stay out: nothing would hold them back.
+    """
+    counted = [budget.kind != "sparsity" or c.group.kind != "hidden" for c in problem.couplings]
+    undo = [step for step in _steps(problem, scores) if kept[step[1]] <= step[2] and counted[step[1]]]
     current = list(kept)
     for _, group, width in reversed(undo):
         options = problem.options[group]
