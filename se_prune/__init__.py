@@ -20,6 +20,7 @@ _API = {
     "analyze": "se_prune.pipeline",
     "apply_plan": "se_prune.pipeline",
     "assess": "se_prune.pipeline",
+    "compress": "se_prune.pipeline",
     "choose_device": "se_prune.device",
     "count_cost": "se_prune.cost",
     "find_sites": "se_prune.gates.sites",

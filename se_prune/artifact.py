@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from se_prune.errors import CheckpointError, SePruneError
+from se_prune.errors import CheckpointError, SePruneError, UsageError
 from se_prune.files import write_tensors
 from se_prune.records import ArchSpec, ArtifactHeader, Geometry
 from se_prune.schema import from_json, to_json
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 HEADER_KEY = "se_prune"
 CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: What stands for the architecture of a module that its caller has built.
+IN_HAND = "in hand"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,8 +115,14 @@ def save(path: str | Path, network: Network) -> None:
     """Write an artifact, whole or not at all.
 
     Raises:
+        UsageError: Nothing says how to build the network again.
         SePruneError: The file cannot be written.
     """
+    if network.header.arch.ref == IN_HAND:
+        raise UsageError(
+            "an artifact names the factory of its network: give compress(…, "
+            "arch=ArchSpec(ref='package.module:factory')), or save the module in your own way."
+        )
     write_tensors(path, network.module.state_dict(), {HEADER_KEY: to_json(network.header)})
 
 

@@ -3,6 +3,7 @@
 `measure` looks, `outline` lists, `jobs` changes, `run` does a whole recipe.
 """
 
+from se_prune.pipeline.compress import compress
 from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
 from se_prune.pipeline.measure import (
     Reporter,
@@ -29,6 +30,7 @@ __all__ = [
     "analyze",
     "apply_plan",
     "assess",
+    "compress",
     "example_input",
     "finetune",
     "inspect",

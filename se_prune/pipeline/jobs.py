@@ -203,7 +203,7 @@ def apply_plan(
     header = replace(
         network.header,
         plan=chosen,
-        geometry=artifact.changed_geometry(registry.build(network.header.arch), module),
+        geometry={**network.header.geometry, **artifact.changed_geometry(network.module, module)},
         history=(*network.header.history, entry),
     )
     return Applied(

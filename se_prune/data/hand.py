@@ -1,0 +1,90 @@
+"""Images that a caller has in hand: batches of a loader, preprocessed already.
+
+Shapes: N images, C channels, H×W positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from se_prune.data.batches import Batch
+from se_prune.errors import DataError, UsageError
+from se_prune.records import Preprocessing, TrainSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandImages:
+    """Float images (N, C, H, W) as the network wants them, with labels (N,), in memory."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: torch.Tensor) -> HandImages:
+        """Return the images at `indices`, in that order."""
+        return HandImages(images=self.images[indices], labels=self.labels[indices])
+
+    def batches(self, batch_size: int, preprocessing: Preprocessing) -> Iterator[Batch]:
+        """Yield (images, labels) in order, as they are."""
+        del preprocessing
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.images[part], self.labels[part]
+
+    def training_batches(
+        self, settings: TrainSettings, preprocessing: Preprocessing, *, seed: int, epoch: int
+    ) -> Iterator[Batch]:
+        """Refuse: images that are preprocessed already cannot be augmented.
+
+        Raises:
+            UsageError: Always.
+        """
+        del settings, preprocessing, seed, epoch
+        raise UsageError(
+            "images in hand serve analysis and repair; train with your own loop, or with open_data."
+        )
+
+
+def read_batches(batches: Iterable[Any], limit: int) -> tuple[HandImages, bool]:
+    """Read up to `limit` images from an iterable of (images, labels) or of images alone.
+
+    Returns:
+        The images, and whether they had labels (0 stands in for those that are missing).
+
+    Raises:
+        DataError: There is no image, the batches are of another kind, or their sizes differ.
+    """
+    images: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    labelled, count = True, 0
+    for batch in batches:
+        pair = list(batch) if isinstance(batch, list | tuple) else [batch]
+        if not pair or not isinstance(pair[0], torch.Tensor) or pair[0].ndim != 4:
+            raise DataError(
+                "each batch must be a tensor of images (N, C, H, W), or a pair of it and labels (N,), "
+                f"got {type(pair[0] if pair else batch).__name__}."
+            )
+        part = pair[0].detach().cpu().float()
+        if images and part.shape[1:] != images[0].shape[1:]:
+            raise DataError(
+                f"all images must have one size, got {tuple(images[0].shape[1:])} and {tuple(part.shape[1:])}."
+            )
+        given = pair[1] if len(pair) > 1 else None
+        if isinstance(given, torch.Tensor) and given.shape == (len(part),) and not given.is_floating_point():
+            labels.append(given.detach().cpu().long())
+        else:
+            labelled = False
+            labels.append(torch.zeros(len(part), dtype=torch.long))
+        images.append(part)
+        count += len(part)
+        if count >= limit:
+            break
+    if count == 0:
+        raise DataError("there are no images; give a loader that yields at least one batch.")
+    return HandImages(images=torch.cat(images)[:limit], labels=torch.cat(labels)[:limit]), labelled
