@@ -25,6 +25,7 @@ _API = {
     "count_cost": "se_prune.cost",
     "find_sites": "se_prune.gates.sites",
     "finetune": "se_prune.pipeline",
+    "for_classes": "se_prune.pipeline",
     "inspect": "se_prune.pipeline",
     "measure_latency": "se_prune.cost",
     "open_data": "se_prune.data",

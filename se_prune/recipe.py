@@ -40,6 +40,7 @@ class ApplyTable:
     round_to: int = 1
     min_channels: int = 2
     hidden: HiddenPolicy = "tie"
+    classes: tuple[str, ...] = ()
     repair: RepairMode = "refit"
 
 

@@ -41,6 +41,10 @@ Data = Annotated[str, typer.Option("--data", help="fashion-mnist, a folder, or a
 OptionalData = Annotated[
     str | None, typer.Option("--data", help="fashion-mnist, a folder, or a timm scheme.")
 ]
+Classes = Annotated[
+    str | None,
+    typer.Option("--classes", help="Comma-separated classes that the deployment needs; all without."),
+]
 InputSize = Annotated[
     str | None, typer.Option("--input-size", help="C,H,W or H,W; overrides the model's own.")
 ]
@@ -143,6 +147,11 @@ def model_options(
         "mean": None if mean is None else parse_floats(mean),
         "std": None if std is None else parse_floats(std),
     }
+
+
+def class_names(classes: str) -> list[str]:
+    """Return the names of `--classes`."""
+    return [name.strip() for name in classes.split(",") if name.strip()]
 
 
 def preprocessing_line(preprocessing: Any) -> str:

@@ -5,7 +5,7 @@ Training images serve analysis, scores, repair and fine-tuning; the test split i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,6 +113,58 @@ def _images(ref: str, train: Any, test: Any) -> DataSource:
             f"{ref}: train and val have different classes ({', '.join(differ)} …); make them equal."
         )
     return DataSource(ref=ref, classes=train.classes, train=train, test=test)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassSplit:
+    """Some images of a split with their classes numbered anew: `number` (K,) holds the new class of each old one."""
+
+    split: Split
+    number: torch.Tensor
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """New labels (N,)."""
+        return self.number[self.split.labels]
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def take(self, indices: torch.Tensor) -> ClassSplit:
+        """Return the images at `indices`, in that order."""
+        return ClassSplit(split=self.split.take(indices), number=self.number)
+
+    def batches(self, batch_size: int, preprocessing: Preprocessing) -> Iterator[Batch]:
+        """Yield (images, labels) in order, without augmentation."""
+        for images, labels in self.split.batches(batch_size, preprocessing):
+            yield images, self.number[labels]
+
+    def training_batches(
+        self, settings: TrainSettings, preprocessing: Preprocessing, *, seed: int, epoch: int
+    ) -> Iterator[Batch]:
+        """Yield one epoch of shuffled, augmented full batches."""
+        for images, labels in self.split.training_batches(settings, preprocessing, seed=seed, epoch=epoch):
+            yield images, self.number[labels]
+
+
+def of_classes(data: DataSource, kept: Sequence[int]) -> DataSource:
+    """Return the images of some classes, which are numbered 0 to k - 1 in the order of `kept`."""
+    number = torch.full((len(data.classes),), -1)
+    number[list(kept)] = torch.arange(len(kept))
+
+    def part(split: Split) -> Split:
+        chosen = split.take(torch.nonzero(number[split.labels] >= 0).flatten())
+        if isinstance(chosen, TensorImages):
+            return TensorImages(images=chosen.images, labels=number[chosen.labels])
+        return ClassSplit(split=chosen, number=number)
+
+    return DataSource(
+        ref=data.ref,
+        classes=tuple(data.classes[i] for i in kept),
+        train=part(data.train),
+        test=part(data.test),
+        preprocessing=data.preprocessing,
+    )
 
 
 def balanced_subset(split: Split, count: int, seed: int) -> Split:

@@ -3,6 +3,7 @@
 `measure` looks, `outline` lists, `jobs` changes, `run` does a whole recipe.
 """
 
+from se_prune.pipeline.classes import for_classes, like
 from se_prune.pipeline.compress import compress
 from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
 from se_prune.pipeline.measure import (
@@ -12,6 +13,7 @@ from se_prune.pipeline.measure import (
     analyze,
     example_input,
     inspect,
+    matching,
     require_classes,
     structure,
 )
@@ -33,7 +35,10 @@ __all__ = [
     "compress",
     "example_input",
     "finetune",
+    "for_classes",
     "inspect",
+    "like",
+    "matching",
     "new_network",
     "outline",
     "plan",

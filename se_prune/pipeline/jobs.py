@@ -21,6 +21,7 @@ from se_prune.device import inference_batch
 from se_prune.evaluate import evaluate
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics
+from se_prune.pipeline.classes import like
 from se_prune.pipeline.measure import (
     BATCH,
     MEASURED_IMAGES,
@@ -30,6 +31,7 @@ from se_prune.pipeline.measure import (
     analyze,
     channel_energies,
     example_input,
+    matching,
     require_classes,
     require_statistics,
 )
@@ -110,7 +112,7 @@ def plan(
     energies = None if statistics is None else statistics.energies
     subset: Split | None = None
     if data is not None and needs:
-        require_classes(network, data)
+        data = matching(network, data)
         subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
         if "energies" in needs and energies is None and found.sites:
             statistics = analyze(
@@ -166,6 +168,7 @@ def apply_plan(
         SurgeryError: The cut network differs from its masked twin.
     """
     show = reporter or Silent()
+    data = None if data is None else matching(network, data)
     with show.stage("cut", None):
         module = cut(network.module, found.example, chosen)
         images = _proof_images(network, data, seed)
@@ -288,7 +291,9 @@ def finetune(
     Returns:
         A new network on the CPU; the one given is left as it is.
     """
-    require_classes(network, data)
+    if teacher is not None:
+        teacher = like(teacher, network, data)
+    data = matching(network, data)
     if teacher is not None:
         require_classes(teacher, data)
     module = artifact.clone(network.module)
@@ -364,7 +369,7 @@ def assess(
     Raises:
         DataError: The data does not fit the network.
     """
-    require_classes(network, data)
+    data = matching(network, data)
     with (reporter or Silent()).stage("evaluate", len(data.test)) as update:
         result = evaluate(
             network.module,

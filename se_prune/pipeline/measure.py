@@ -14,7 +14,7 @@ from se_prune.artifact import Network
 from se_prune.channels import couplings
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
-from se_prune.data.source import Split, balanced_subset
+from se_prune.data.source import Split, balanced_subset, of_classes
 from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.sites import discover, find_sites
@@ -106,12 +106,32 @@ def require_classes(network: Network, data: DataSource) -> None:
         )
 
 
-def require_statistics(network: Network, found: Structure, statistics: Statistics) -> None:
-    """Check that statistics are of a network with these gate sites and layers.
+def matching(network: Network, data: DataSource) -> DataSource:
+    """Return the data of the network's own classes: all of it, or those of a network that was cut for some.
 
     Raises:
-        CheckpointError: They are of another network, or of this one before it was cut.
+        DataError: The network has other classes than the data.
     """
+    own = network.header.classes
+    kept = [i for i, name in enumerate(data.classes) if name in own]
+    if 1 < len(own) < len(data.classes) and tuple(data.classes[i] for i in kept) == own:
+        data = of_classes(data, kept)
+    require_classes(network, data)
+    return data
+
+
+def require_statistics(network: Network, found: Structure, statistics: Statistics) -> None:
+    """Check that statistics are of a network with these gate sites and layers, and of as many classes.
+
+    Raises:
+        CheckpointError: They are of another network, or of this one before it was cut, or of other classes.
+    """
+    own = network.header.classes
+    if own and len(statistics.classes) != len(own):
+        raise CheckpointError(
+            f"the statistics are of {len(statistics.classes)} classes, the network has {len(own)}; make them with "
+            "`se-prune analyze` and the same --classes."
+        )
     sums = {} if statistics.energies is None else statistics.energies.sums
     widths = {name: value.shape[1] for name, value in sums.items()}
     layers = {n: m for n, m in network.module.named_modules() if isinstance(m, artifact.CONV_TYPES)}
@@ -138,7 +158,7 @@ def analyze(
         SurgeryError: The network has no gate sites.
         DataError: The data does not fit the network.
     """
-    require_classes(network, data)
+    data = matching(network, data)
     sites = find_sites(network.module, example_input(network.header.preprocessing))
     if not sites:
         raise SurgeryError(

@@ -26,6 +26,7 @@ from se_prune.files import make_folder, write_text
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
 from se_prune.pipeline import jobs, measure
+from se_prune.pipeline.classes import for_classes
 from se_prune.planning import check_budget, check_ranges
 from se_prune.recipe import RunRecipe, budget_of
 from se_prune.records import Evaluation, Exported, Latency, Run, StageResult
@@ -85,6 +86,8 @@ def run_recipe(
     data = open_data(recipe.data)
     model = recipe.model
     dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
+    if recipe.apply.classes:
+        dense, data = for_classes(dense, data, recipe.apply.classes)
     found = measure.structure(dense)
     check_budget(
         found.couplings, layer_costs(dense.module, found.cost.per_layer), budget, **widths, hidden=hidden

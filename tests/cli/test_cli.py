@@ -164,6 +164,26 @@ def test_a_dry_run_plans_the_same_and_writes_nothing(place, applied):
     assert found["plan"] == applied["plan"]
 
 
+def test_for_some_classes(place):
+    line = f"apply {NET} --data data --macs 0.5 -o three.safetensors"
+    document(f"{line} --classes 'sneaker, Bag,Trouser'")
+    header = read_header("three.safetensors")
+    assert header.classes == ("trouser", "sneaker", "bag")
+    found = document(
+        f"evaluate three.safetensors --data data --against {NET.split(maxsplit=1)[0]} --against-pretrained"
+    )
+    assert found["n"] == 36  # of 120 test images of ten classes
+    assert set(found["per_class"]) == {"trouser", "sneaker", "bag"}
+    assert min(found["top1"], found["against"]["top1"]) > 0.9
+    document("finetune three.safetensors --data data --epochs 1 -o tuned.safetensors")
+    assert read_header("tuned.safetensors").classes == header.classes
+    document("export tuned.safetensors --data data --to onnx -o three.onnx")
+    assert document(f"analyze {NET} --data data --classes bag,coat -o two.safetensors")["n"] == 60
+    code, _, err = call(f"{line} --classes sneaker,bag,dress --stats two.safetensors")
+    assert code == 1
+    assert "the statistics are of 2 classes, the network has 3" in err
+
+
 def test_evaluate_and_against(applied):
     alone = document(f"evaluate {NET} --data data")
     assert {"n", "top1", "top5", "top1_ci95", "loss"} <= set(alone)

@@ -9,6 +9,7 @@ import typer
 
 from se_prune_cli.output import (
     Arch,
+    Classes,
     Data,
     Device,
     Ema,
@@ -21,6 +22,7 @@ from se_prune_cli.output import (
     Progressed,
     Seed,
     Std,
+    class_names,
     model_options,
     preprocessing_line,
 )
@@ -34,6 +36,7 @@ def command(
         Path | None, typer.Option("-o", "--output", help="Statistics file to write, for `apply --stats`.")
     ] = None,
     images: Annotated[int | None, typer.Option(help="Training images to look at; all without.")] = None,
+    classes: Classes = None,
     arch: Arch = None,
     pretrained: Pretrained = False,
     ema: Ema = False,
@@ -62,6 +65,8 @@ def command(
     target, source = choose_device(device), open_data(data)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     out.say(preprocessing_line(network.header.preprocessing))
+    if classes is not None:
+        network, source = pipeline.for_classes(network, source, class_names(classes))
     statistics = pipeline.analyze(
         network, source, device=target, images=images, seed=seed, reporter=Progressed()
     )

@@ -10,6 +10,7 @@ import typer
 from se_prune.records import HiddenPolicy, RepairMode
 from se_prune_cli.output import (
     Arch,
+    Classes,
     Device,
     Ema,
     InputSize,
@@ -22,6 +23,7 @@ from se_prune_cli.output import (
     Progressed,
     Seed,
     Std,
+    class_names,
     model_options,
     preprocessing_line,
 )
@@ -48,6 +50,7 @@ def command(
         RepairMode,
         typer.Option(help="After the cut: least squares and BN statistics, BN statistics alone, or nothing."),
     ] = "refit",
+    classes: Classes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and prove, write nothing.")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact to write.")] = None,
     arch: Arch = None,
@@ -95,6 +98,10 @@ def command(
         )
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     out.say(preprocessing_line(network.header.preprocessing))
+    if classes is not None:
+        if source is None:
+            raise UsageError("--classes takes its names from the data: add --data.")
+        network, source = pipeline.for_classes(network, source, class_names(classes))
     with show.stage("gate sites, groups and cost", None):
         found = pipeline.structure(network)
     plan = pipeline.plan(

@@ -62,8 +62,9 @@ def command(
     document.pop("predictions")
     test = None
     if other is not None:
+        other = pipeline.like(other, network, source)
         _, reference = pipeline.assess(other, source, device=target, reporter=show)
-        test = paired(reference, result, source.test)
+        test = paired(reference, result, pipeline.matching(network, source).test)
         rows.append((str(against), reference))
         document["against"] = {**to_dict(test), "top1": reference.top1}
     out.table("accuracy on test images", *accuracy(rows))

@@ -54,7 +54,7 @@ def command(
         raise UsageError(f"--images must be at least 1, got {images}.")
     source = open_data(data)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
-    pipeline.require_classes(network, source)
+    source = pipeline.matching(network, source)
     target = output or Path(f"{Path(model.rpartition(':')[2]).stem}.{to}")
     with Progressed().stage(f"export to {to}", None):
         result = export(network, to, target, real_images(source.train, network, images))
