@@ -5,7 +5,17 @@ from __future__ import annotations
 import importlib
 import sys
 
-STUDIES = ("bundled", "without_se", "twin", "overhead", "scores", "classes", "criteria", "discovery")
+STUDIES = (
+    "bundled",
+    "without_se",
+    "twin",
+    "overhead",
+    "scores",
+    "classes",
+    "surgery",
+    "criteria",
+    "discovery",
+)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def main() -> None:
         done = {(r["network"], r["kept"]) for r in read_rows(ROWS)}
         if (name, kept) not in done:
             append_row(ROWS, {"network": name, "kept": kept, "top1": _accuracies(bundled(name), data, kept)})
-    report(data)
+    report()
 
 
 def _cut(network: Network, data: DataSource, kept: float) -> Network:
@@ -81,7 +81,7 @@ def macs_at(points: Sequence[tuple[float, float]], wanted: float) -> float | Non
     return reached
 
 
-def report(data: DataSource) -> None:
+def report() -> None:
     """Write `reports/classes.md` from the rows that are there."""
     rows = read_rows(ROWS)
     body = ["# Cutting for three classes\n"]

@@ -1,4 +1,4 @@
-"""Which score `excitation` is made of, what the gates add to it, and how much MACs count when it sets the widths.
+"""Which score `excitation` is made of, what the gates add to it, how much MACs count, and what hidden units should do.
 
 Decided on training images alone: those that are not measured for scores and repair. Resumable.
 """
@@ -30,20 +30,23 @@ from se_prune.device import choose_device
 from se_prune.evaluate import evaluate
 from se_prune.pipeline import analyze, apply_plan, structure
 from se_prune.pipeline.measure import BATCH, MEASURED_IMAGES, Structure
-from se_prune.records import Budget
+from se_prune.records import Budget, HiddenPolicy
 from se_prune.scoring import Evidence, score
 
-#: (criterion, with the measured gates or with gates of 1, exponent of the MACs)
-VARIANTS = (
-    ("gate-mean", True, 0.75),
-    ("gate-fisher", True, 0.75),
-    ("gate-energy", True, 0.75),
-    ("gate-obs", True, 0.75),
-    ("excitation", True, 0.75),
-    ("excitation", False, 0.75),
-    ("excitation", True, 0.0),
-    ("excitation", True, 0.5),
-    ("excitation", True, 1.0),
+Variant = tuple[str, bool, float, HiddenPolicy]
+#: (criterion, with the measured gates or with gates of 1, exponent of the MACs, what hidden units do)
+VARIANTS: tuple[Variant, ...] = (
+    ("gate-mean", True, 0.75, "tie"),
+    ("gate-fisher", True, 0.75, "tie"),
+    ("gate-energy", True, 0.75, "tie"),
+    ("gate-obs", True, 0.75, "tie"),
+    ("excitation", True, 0.75, "tie"),
+    ("excitation", False, 0.75, "tie"),
+    ("excitation", True, 0.0, "tie"),
+    ("excitation", True, 0.5, "tie"),
+    ("excitation", True, 1.0, "tie"),
+    ("excitation", True, 0.75, "prune"),
+    ("excitation", True, 0.75, "keep"),
 )
 KEPT = (0.5, 0.3)
 IMAGES = 8000
@@ -55,22 +58,21 @@ def main() -> None:
     data = open_data("fashion-mnist")
     for name in NETWORKS:
         network = bundled(name)
-        done = [(r["criterion"], r["gates"], r["power"]) for r in read_rows(ROWS) if r["network"] == name]
+        mine = [r for r in read_rows(ROWS) if r["network"] == name]
+        done = [(r["criterion"], r["gates"], r["power"], r["hidden"]) for r in mine]
         for row in _rows(network, data, [v for v in VARIANTS if v not in done]):
             append_row(ROWS, {"network": name, **row})
     report()
 
 
-def _rows(
-    network: Network, data: DataSource, variants: list[tuple[str, bool, float]]
-) -> Iterator[dict[str, Any]]:
+def _rows(network: Network, data: DataSource, variants: list[Variant]) -> Iterator[dict[str, Any]]:
     device = choose_device("auto")
     order = balanced_subset(data.train, len(data.train) - 1, 0)  # measured images stand first
     assert isinstance(order, TensorImages)
     held_out = order.take(torch.arange(MEASURED_IMAGES, MEASURED_IMAGES + IMAGES))
     found, full = structure(network), planning.COST_POWER
     evidence = _evidence(network, data, found, device) if variants else None
-    for criterion, gates, power in variants:
+    for criterion, gates, power, hidden in variants:
         assert evidence is not None
         have = evidence if gates else dataclasses.replace(evidence, statistics=None)
         scores = score(criterion, have)
@@ -78,12 +80,14 @@ def _rows(
         costs, top1 = layer_costs(network.module, found.cost.per_layer), {}
         for kept in KEPT:
             planning.COST_POWER = power
-            chosen = planning.make_plan(found.couplings, costs, scores, Budget(kind="macs", value=kept))
+            chosen = planning.make_plan(
+                found.couplings, costs, scores, Budget(kind="macs", value=kept), hidden=hidden
+            )
             planning.COST_POWER = full
             applied = apply_plan(network, found, chosen, device=device, data=data)
             result = evaluate(applied.network.module, held_out, network.header.preprocessing, device=device)
             top1[str(kept)] = result.top1
-        yield {"criterion": criterion, "gates": gates, "power": power, "top1": top1}
+        yield {"criterion": criterion, "gates": gates, "power": power, "hidden": hidden, "top1": top1}
 
 
 def _evidence(network: Network, data: DataSource, found: Structure, device: torch.device) -> Evidence:
@@ -111,7 +115,7 @@ def report() -> None:
         "trained on them), least squares and BN recalibrated, no training, one choice of measured images. `excitation` "
         'is the geometric mean of `gate-energy` and `gate-obs`. "Gates of 1": the same score without the measured '
         "gates. The power is the exponent of a channel's MACs in the price of a step (`planning.COST_POWER`, "
-        f"{planning.COST_POWER} by default).\n\n"
+        f"{planning.COST_POWER} by default). Hidden units: `--hidden`.\n\n"
     )
     table = [
         [
@@ -119,10 +123,18 @@ def report() -> None:
             row["criterion"],
             "measured" if row["gates"] else "of 1",
             f"{row['power']}",
+            row["hidden"],
             *(f"{100 * value:.2f} %" for value in row["top1"].values()),
         ]
         for row in sorted(rows, key=lambda r: NETWORKS.index(r["network"]))
     ]
-    columns = ["network", "criterion", "gates", "power", *(f"{100 * k:.0f} % of MACs" for k in KEPT)]
+    columns = [
+        "network",
+        "criterion",
+        "gates",
+        "power",
+        "hidden units",
+        *(f"{100 * k:.0f} % of MACs" for k in KEPT),
+    ]
     body += markdown_table(columns, table)
     write_report("scores", "python -m reports.bench scores", body, rows)
