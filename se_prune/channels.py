@@ -4,7 +4,8 @@ What is worked around here, each with a test in `tests/unit/test_channels.py`: i
 plain `Coupling` records; its Hessian importance keeps only the last gradient (`accumulate_grad` looks up names in a
 dictionary of parameters), so squared gradients are summed here; importances that know nothing of a group return
 None, where the group's L2 norm stands in; importances of a group of zeros are 0/0, where 0 stands in; groups in which
-one channel takes another along (a map concatenated with a function of itself) are not told apart, so a probe does.
+one channel takes another along (a map concatenated with a function of itself) are not told apart, so a probe does;
+it follows a sum with a part of another map without end, so that its groups are bounded.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning.dependency.group import Group
 
 from se_prune.artifact import CONV_TYPES, NORM_TYPES
 from se_prune.errors import SurgeryError
@@ -26,6 +28,8 @@ from se_prune.gates.shuffles import shuffled_layers
 from se_prune.gates.trace import trace
 from se_prune.records import ChannelGroup, Coupling, GateSite, GroupKind, LayerCost, LayerSlice
 
+#: A group of torch-pruning's with more members per operation of the network is one that never ends.
+MEMBERS_PER_NODE = 4
 OUT_FNS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
 IN_FNS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 IMPORTANCES: dict[str, Callable[[], Any]] = {
@@ -69,6 +73,31 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Any:
         ) from error
 
 
+@contextlib.contextmanager
+def _bounded(graph: Any) -> Iterator[None]:
+    """Stop torch-pruning where it follows channels without end: sums with a part of another map (ReXNet).
+
+    Raises:
+        SurgeryError: A group has many times more members than the network has operations.
+    """
+    limit = MEMBERS_PER_NODE * len(graph.module2node)
+    original = Group.add_dep
+
+    def add(self: Any, dep: Any, idxs: Any) -> None:
+        if len(self) > limit:
+            raise SurgeryError(
+                "torch-pruning follows this network's channels without end (it adds a map to a part of another one); "
+                "it cannot be cut."
+            )
+        original(self, dep, idxs)
+
+    Group.add_dep = add
+    try:
+        yield
+    finally:
+        Group.add_dep = original
+
+
 def _tp_groups(graph: Any, names: Mapping[nn.Module, str], gates: Collection[str]) -> Iterator[Any]:
     """Yield every group, from the first layer (in the model's order) that really makes its channels."""
     order = {module: position for position, module in enumerate(names)}
@@ -104,7 +133,8 @@ def couplings(model: nn.Module, example: torch.Tensor, sites: Sequence[GateSite]
     """
     names = {module: name for name, module in model.named_modules()}
     graph = _graph(model, example)
-    groups = _tp_groups(graph, names, _expands(sites))
+    with _bounded(graph):
+        groups = list(_tp_groups(graph, names, _expands(sites)))
     order = {name: position for position, name in enumerate(names.values())}
     shuffled = shuffled_layers(trace(model, example))
     found = [_coupling(graph, group, names, sites, shuffled) for group in groups]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning.dependency.group import Group
 
 from se_prune.channels import IMPORTANCES, couplings, importance, layer_costs, remove
 from se_prune.errors import SurgeryError
@@ -194,6 +195,30 @@ def test_a_channel_shuffle_is_refused():
     assert found["a"].group.reason == "a channel shuffle reorders its channels"
     assert found["b"].group.prunable
     assert groups_of(Shuffled(shuffle=False))["a"].group.prunable
+
+
+class Partly(nn.Module):
+    """Adds a map to the first channels of a wider one, as ReXNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 16, 1)
+        self.fc = nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = self.a(x)
+        for layer in (self.b, self.c):
+            y = layer(x)
+            x = torch.cat([y[:, : x.shape[1]] + x, y[:, x.shape[1] :]], 1)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_channels_that_torch_pruning_follows_without_end_are_refused():
+    before = Group.add_dep
+    with pytest.raises(SurgeryError, match="without end"):
+        groups_of(Partly())
+    assert Group.add_dep is before
+    assert groups_of(Middle(nn.ReLU()))["a"].group.prunable
 
 
 def test_bare_parameters_are_refused():
