@@ -26,10 +26,10 @@ from se_prune.artifact import CONV_TYPES, NORM_TYPES
 from se_prune.errors import SurgeryError
 from se_prune.gates.shuffles import shuffled_layers
 from se_prune.gates.trace import trace
-from se_prune.records import ChannelGroup, Coupling, GateSite, GroupKind, LayerCost, LayerSlice
+from se_prune.records import ChannelGroup, Coupling, GateSite, GroupKind, LayerSlice
 
-#: A group of torch-pruning's with more members per operation of the network is one that never ends.
-MEMBERS_PER_NODE = 4
+#: A group with more members than this, and than the network has operations, is taken for one that never ends.
+LEAST_MEMBERS = 200
 OUT_FNS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
 IN_FNS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 IMPORTANCES: dict[str, Callable[[], Any]] = {
@@ -73,22 +73,27 @@ def _graph(model: nn.Module, example: torch.Tensor) -> Any:
         ) from error
 
 
+class _EndlessError(Exception):
+    """A group has more members than the network has operations; `members` are the layers that make it so far."""
+
+    def __init__(self, members: set[Any]) -> None:
+        super().__init__()
+        self.members = members
+
+
+#: The first layer of a group, and the group; or None, and the layers that make one which has no end.
+Found = tuple[nn.Module, Any | None, set[Any]]
+
+
 @contextlib.contextmanager
 def _bounded(graph: Any) -> Iterator[None]:
-    """Stop torch-pruning where it follows channels without end: sums with a part of another map (ReXNet).
-
-    Raises:
-        SurgeryError: A group has many times more members than the network has operations.
-    """
-    limit = MEMBERS_PER_NODE * len(graph.module2node)
+    """Raise where torch-pruning follows channels without end: sums with a part of another map (ReXNet)."""
+    limit = max(LEAST_MEMBERS, len(graph.module2node))
     original = Group.add_dep
 
     def add(self: Any, dep: Any, idxs: Any) -> None:
         if len(self) > limit:
-            raise SurgeryError(
-                "torch-pruning follows this network's channels without end (it adds a map to a part of another one); "
-                "it cannot be cut."
-            )
+            raise _EndlessError({i.dep.target.module for i in self.items if i.dep.handler in OUT_FNS})
         original(self, dep, idxs)
 
     Group.add_dep = add
@@ -98,10 +103,37 @@ def _bounded(graph: Any) -> Iterator[None]:
         Group.add_dep = original
 
 
-def _tp_groups(graph: Any, names: Mapping[nn.Module, str], gates: Collection[str]) -> Iterator[Any]:
-    """Yield every group, from the first layer (in the model's order) that really makes its channels."""
+def _every_group(graph: Any) -> Iterator[Found]:
+    visited: set[nn.Module] = set()
+    for module in list(graph.module2node):
+        if not isinstance(module, (*CONV_TYPES, nn.Linear)) or module in visited:
+            continue
+        prune, channels = (
+            graph.get_pruner_of_module(module).prune_out_channels,
+            graph.get_out_channels(module),
+        )
+        visited.add(module)
+        try:
+            with _bounded(graph):
+                group = graph.get_pruning_group(module, prune, list(range(channels)))
+        except _EndlessError as error:
+            yield module, None, error.members
+            continue
+        visited.update(
+            item.dep.target.module
+            for item in group.items
+            if graph.is_out_channel_pruning_fn(item.dep.handler)
+        )
+        yield module, group, set()
+
+
+def _tp_groups(graph: Any, names: Mapping[nn.Module, str], gates: Collection[str]) -> Iterator[Found]:
+    """Yield every group with the first layer (in the model's order) that really makes its channels."""
     order = {module: position for position, module in enumerate(names)}
-    for group in graph.get_all_groups(ignored_layers=[], root_module_types=[*CONV_TYPES, nn.Linear]):
+    for first, group, members in _every_group(graph):
+        if group is None:
+            yield first, None, members
+            continue
         makers = [
             item.dep.target.module
             for item in group.items
@@ -115,9 +147,9 @@ def _tp_groups(graph: Any, names: Mapping[nn.Module, str], gates: Collection[str
             prune = graph.get_pruner_of_module(root).prune_out_channels
             channels = graph.get_out_channels(root)
             if channels == len(group[0].idxs):
-                yield graph.get_pruning_group(root, prune, list(range(channels)))
+                yield root, graph.get_pruning_group(root, prune, list(range(channels))), set()
                 continue
-        yield group
+        yield group[0].dep.target.module, group, set()
 
 
 def couplings(model: nn.Module, example: torch.Tensor, sites: Sequence[GateSite]) -> tuple[Coupling, ...]:
@@ -133,12 +165,31 @@ def couplings(model: nn.Module, example: torch.Tensor, sites: Sequence[GateSite]
     """
     names = {module: name for name, module in model.named_modules()}
     graph = _graph(model, example)
-    with _bounded(graph):
-        groups = list(_tp_groups(graph, names, _expands(sites)))
+    groups = list(_tp_groups(graph, names, _expands(sites)))
+    endless = set().union(*(members for _, _, members in groups))
     order = {name: position for position, name in enumerate(names.values())}
     shuffled = shuffled_layers(trace(model, example))
-    found = [_coupling(graph, group, names, sites, shuffled) for group in groups]
+    found = [
+        _endless(names[root], graph.get_out_channels(root))
+        if group is None or any(i.dep.target.module in endless for i in group if i.dep.handler in OUT_FNS)
+        else _coupling(graph, group, names, sites, shuffled)
+        for root, group, _ in groups
+    ]
     return tuple(sorted(found, key=lambda c: order[c.group.name]))
+
+
+def _endless(name: str, channels: int) -> Coupling:
+    """Return the group of a layer that torch-pruning cannot follow; what else belongs to it is not known."""
+    info = ChannelGroup(
+        name=name,
+        kind="inner",
+        channels=channels,
+        members=(name,),
+        prunable=False,
+        reason="torch-pruning follows its channels without end",
+    )
+    every = tuple(range(channels))
+    return Coupling(group=info, slices=(LayerSlice(layer=name, role="out", index=every, root=every),))
 
 
 def _expands(sites: Sequence[GateSite]) -> set[str]:
@@ -283,32 +334,6 @@ def _site_of(slices: Sequence[LayerSlice], sites: Sequence[GateSite]) -> str | N
     return owners[0] if len(owners) == 1 else None
 
 
-def layer_costs(model: nn.Module, macs: Mapping[str, int]) -> dict[str, LayerCost]:
-    """Return size and MACs of every convolution, linear and BN layer; `macs` as `Cost.per_layer`."""
-    result = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        bias = getattr(module, "bias", None)
-        if isinstance(module, CONV_TYPES):
-            size = (module.in_channels, module.out_channels)
-            channelwise = module.groups == module.in_channels == module.out_channels > 1
-        elif isinstance(module, nn.Linear):
-            size, channelwise = (module.in_features, module.out_features), False
-        elif isinstance(module, NORM_TYPES):
-            size, channelwise = (module.num_features, module.num_features), True
-        else:
-            continue
-        result[name] = LayerCost(
-            in_channels=size[0],
-            out_channels=size[1],
-            weights=0 if weight is None else weight.numel(),
-            biases=0 if bias is None else bias.numel(),
-            macs=macs.get(name, 0),
-            channelwise=channelwise,
-        )
-    return result
-
-
 def importance(
     model: nn.Module,
     example: torch.Tensor,
@@ -318,12 +343,12 @@ def importance(
     wanted: Sequence[Coupling],
     sites: Sequence[GateSite],
 ) -> dict[str, tuple[float, ...]]:
-    """Return one of torch-pruning's importances per group; `taylor` and `hessian` read `.grad`.
+    """Return one of torch-pruning's importances (a key of `IMPORTANCES`) per group that is wanted.
 
     Args:
         model: The network; for `taylor` its gradients, for `hessian` its mean squared gradients in `.grad`.
         example: Images (N, C, H, W) of its input size.
-        name: A key of `IMPORTANCES`.
+        name: Which importance.
         seed: For `random`.
         wanted: The groups to score.
         sites: The gate sites that `wanted` was found with.
@@ -335,9 +360,9 @@ def importance(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rule, fallback = IMPORTANCES[name](), IMPORTANCES["l2"]()
-        for group in _tp_groups(graph, names, _expands(sites)):
-            key = names[group[0].dep.target.module]
-            if key in chosen:
+        for root, group, _ in _tp_groups(graph, names, _expands(sites)):
+            key = names[root]
+            if key in chosen and group is not None:
                 value = rule(group)
                 if value is None:
                     value = fallback(group)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from se_prune.artifact import NORM_TYPES
-from se_prune.channels import couplings, layer_costs
+from se_prune.channels import couplings
 from se_prune.cost import count_cost
 from se_prune.gates.sites import find_sites
+from se_prune.layers import layer_costs
 from se_prune.planning import make_plan
 from se_prune.records import (
     ArchSpec,

@@ -22,12 +22,12 @@ from reports.bench.common import (
 )
 from se_prune import planning
 from se_prune.artifact import Network
-from se_prune.channels import layer_costs
 from se_prune.data import DataSource, open_data
 from se_prune.data.batches import TensorImages
 from se_prune.data.source import balanced_subset
 from se_prune.device import choose_device
 from se_prune.evaluate import evaluate
+from se_prune.layers import layer_costs
 from se_prune.pipeline import analyze, apply_plan, structure
 from se_prune.pipeline.measure import BATCH, MEASURED_IMAGES, Structure
 from se_prune.records import Budget, HiddenPolicy

@@ -13,7 +13,6 @@ from torch import nn
 
 from se_prune import __version__, artifact
 from se_prune.artifact import Network
-from se_prune.channels import layer_costs
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
@@ -21,6 +20,7 @@ from se_prune.device import inference_batch
 from se_prune.evaluate import evaluate
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics
+from se_prune.layers import layer_costs
 from se_prune.pipeline.classes import like
 from se_prune.pipeline.measure import (
     BATCH,

@@ -13,7 +13,6 @@ import torch
 
 from se_prune import __version__, artifact
 from se_prune.artifact import Network
-from se_prune.channels import layer_costs
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of, measure_latency, torch_runner
 from se_prune.data import DataSource, open_data
@@ -25,6 +24,7 @@ from se_prune.export.onnx import onnx_runner
 from se_prune.files import make_folder, write_text
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
+from se_prune.layers import layer_costs
 from se_prune.pipeline import jobs, measure
 from se_prune.pipeline.classes import for_classes
 from se_prune.planning import check_budget, check_ranges

@@ -29,6 +29,7 @@ ORDER = (
     "data",
     "gates",  # sites, statistics, energies
     "channels",  # couplings
+    "layers",  # sizes and MACs
     "cost",
     "scoring",
     "ledger",  # why no more channels leave

@@ -17,12 +17,13 @@ from torch import nn
 
 from se_prune import artifact, pipeline
 from se_prune.artifact import HEADER_KEY, Network, changed_geometry, geometry, read_header
-from se_prune.channels import couplings, layer_costs
+from se_prune.channels import couplings
 from se_prune.checkpoint import open_model
 from se_prune.cost import count_cost
 from se_prune.errors import CheckpointError, SePruneError, UsageError
 from se_prune.files import whole_file
 from se_prune.gates.sites import find_sites
+from se_prune.layers import layer_costs
 from se_prune.planning import make_plan
 from se_prune.records import ArchSpec, ArtifactHeader, Budget, Geometry, HistoryEntry, Preprocessing, Scores
 from se_prune.schema import to_dict

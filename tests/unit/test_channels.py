@@ -8,9 +8,10 @@ import torch_pruning as tp
 from torch import nn
 from torch_pruning.dependency.group import Group
 
-from se_prune.channels import IMPORTANCES, couplings, importance, layer_costs, remove
+from se_prune.channels import IMPORTANCES, couplings, importance, remove
 from se_prune.errors import SurgeryError
 from se_prune.gates.sites import find_sites
+from se_prune.layers import layer_costs
 from se_prune.records import Budget, GroupPlan, LayerCost, LayerSlice, Plan
 from se_prune.surgery.cut import cut, difference, verify
 from tests.nets import ALL, DEPTHWISE, FUNCTIONAL, RESIDUAL
@@ -198,27 +199,35 @@ def test_a_channel_shuffle_is_refused():
 
 
 class Partly(nn.Module):
-    """Adds a map to the first channels of a wider one, as ReXNet does."""
+    """Adds each map to the first channels of a wider one, as ReXNet does; `inner` widens and narrows in between."""
 
-    def __init__(self):
+    def __init__(self, depth):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 16, 1)
-        self.fc = nn.Linear(16, 2)
+        widths = [8 + 4 * i for i in range(depth + 1)]
+        self.stem, self.fc = nn.Conv2d(3, widths[0], 1), nn.Linear(widths[-1], 2)
+        self.inner = nn.ModuleList(nn.Conv2d(w, 6, 1) for w in widths[:-1])
+        self.outer = nn.ModuleList(nn.Conv2d(6, w, 1) for w in widths[1:])
 
     def forward(self, x):
-        x = self.a(x)
-        for layer in (self.b, self.c):
-            y = layer(x)
+        x = self.stem(x)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            y = outer(inner(x).relu())
             x = torch.cat([y[:, : x.shape[1]] + x, y[:, x.shape[1] :]], 1)
         return self.fc(x.mean((2, 3)))
 
 
-def test_channels_that_torch_pruning_follows_without_end_are_refused():
+def test_channels_that_torch_pruning_follows_without_end_are_refused_alone():
     before = Group.add_dep
-    with pytest.raises(SurgeryError, match="without end"):
-        groups_of(Partly())
+    found = groups_of(Partly(5))
     assert Group.add_dep is before
-    assert groups_of(Middle(nn.ReLU()))["a"].group.prunable
+    stuck = [
+        c.group for c in found.values() if c.group.reason == "torch-pruning follows its channels without end"
+    ]
+    assert {g.name for g in stuck} == {f"outer.{i}" for i in range(5)}
+    assert {name for name, c in found.items() if c.group.prunable} == {f"inner.{i}" for i in range(5)}
+    assert found["inner.2"].layers("in") == ("outer.2",)
+    short = groups_of(Partly(1))  # the control: it ends, and is refused for what it is
+    assert short["outer.0"].group.reason == "some of its channels take others along"
 
 
 def test_bare_parameters_are_refused():

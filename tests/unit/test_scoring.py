@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from se_prune.channels import couplings, layer_costs
+from se_prune.channels import couplings
 from se_prune.cost import count_cost
 from se_prune.errors import UsageError
+from se_prune.layers import layer_costs
 from se_prune.planning import make_plan
 from se_prune.records import Budget, Preprocessing
 from se_prune.scoring import CRITERIA, Evidence, score
