@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from se_prune.errors import CheckpointError
+from se_prune.errors import CheckpointError, SePruneError
 from se_prune.schema import FORBID_EXTRA, SCHEMA_VERSION, from_json, record
 
 LIBRARY = "onnx"
@@ -97,7 +97,7 @@ def _max_pool(x: torch.Tensor, pads: Sequence[int], **args: Any) -> torch.Tensor
 #: Operations without weights, on one or more maps; those that end in `_by` take a number.
 OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "relu": torch.relu,
-    "leaky_relu": F.leaky_relu,
+    "leaky_relu": lambda x, alpha: F.leaky_relu(x, negative_slope=alpha),
     "elu": F.elu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -273,7 +273,10 @@ def build(kwargs: Mapping[str, Any]) -> StepNetwork:
     text = kwargs.get("steps")
     if not isinstance(text, str) or set(kwargs) != {"steps"}:
         raise CheckpointError("a network of this kind is described by its steps, and these are missing.")
-    steps = from_json(Steps, text, what="the network's description")
+    try:
+        steps = from_json(Steps, text, what="the network's description")
+    except SePruneError as error:
+        raise CheckpointError(str(error)[:500]) from error
     with torch.device("meta"):
         network = StepNetwork(steps).eval()
         images = made = torch.empty(1, *steps.input_size)
