@@ -205,8 +205,8 @@ def _dense(spec: ArchSpec, state: Mapping[str, torch.Tensor], what: str) -> nn.M
         raise CheckpointError(f"{what}: {error}") from error
     except Exception as error:  # whatever a factory raises, the header's arguments made it do so
         raise CheckpointError(
-            f"{what} asks for {spec.ref} with {spec.kwargs}, which cannot be built ({error}); it is damaged, or "
-            "was written with other versions of the libraries."
+            f"{what} asks for {spec.ref} with {registry.shown(spec).kwargs}, which cannot be built ({error}); "
+            "it is damaged, or was written with other versions of the libraries."
         ) from error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 WEIGHT_SUFFIX = re.compile(r"[._](weights?|scale|gamma|w_\d+)(_deepcopy_\d+)?$")
 
 
+#: Adds the steps of a node.
+Convert = Callable[["Builder", "Node"], None]
+
+
 class UnreadError(Exception):
     """A node is not read; the text says what of it."""
 
@@ -65,21 +69,19 @@ class Converted:
     classes: int
 
 
-def convert(graph: Graph, size: tuple[int, int, int], path: Path) -> Converted:
-    """Convert a graph for images of a size (C, H, W).
+def convert(graph: Graph, size: tuple[int, int, int], path: Path, table: Mapping[str, Convert]) -> Converted:
+    """Convert a graph for images of a size (C, H, W), with a converter per operator.
 
     Raises:
         CheckpointError: A node is not read, its inputs do not go together, or the output is not (N, K).
     """
-    from se_prune.onnx_file.nodes import NODES
-
     builder = Builder(graph, size, path)
     for node in graph.nodes:
-        _visit(builder, node, NODES)
+        _visit(builder, node, table)
     return builder.finished()
 
 
-def _visit(builder: Builder, node: Any, table: Mapping[str, Any]) -> None:
+def _visit(builder: Builder, node: Any, table: Mapping[str, Convert]) -> None:
     inputs = [builder.constants.get(name) for name in node.input]
     known = all(value is not None or not name for name, value in zip(node.input, inputs, strict=True))
     if node.op_type == "Constant":

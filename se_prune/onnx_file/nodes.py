@@ -6,18 +6,17 @@ Shapes: N images, C channels, H×W positions, I and O inputs and outputs of a la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from se_prune.onnx_file.converting import Builder, Node, UnreadError
+from se_prune.onnx_file.converting import Builder, Convert, Node, UnreadError
 from se_prune.zoo.steps import Value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Convert = Callable[[Builder, Node], None]
 FLOAT = 1
 
 

@@ -12,6 +12,7 @@ from se_prune.artifact import Network
 from se_prune.foreign import check_values, digest
 from se_prune.onnx_file.checking import require_equal
 from se_prune.onnx_file.converting import convert
+from se_prune.onnx_file.nodes import NODES
 from se_prune.onnx_file.reading import classes_of, input_size, preprocessing_of, read_graph
 from se_prune.records import ArchSpec, ArtifactHeader, HistoryEntry
 from se_prune.schema import to_json
@@ -41,7 +42,7 @@ def open_onnx(path: Path, *, asked: Sequence[int] | None = None, normalised: boo
     """
     graph = read_graph(path)
     size = input_size(graph, asked, path)
-    converted = convert(graph, size, path)
+    converted = convert(graph, size, path, NODES)
     check_values(converted.module.state_dict(), path)
     difference = require_equal(graph, converted, path)
     preprocessing = preprocessing_of(graph, size)
