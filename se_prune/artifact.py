@@ -175,8 +175,8 @@ def load(path: str | Path, *, trust: str | None = None) -> Network:
     own = registry.is_library(header.arch.ref)
     if own and not registry.is_trusted(header.arch):
         raise CheckpointError(
-            f"{path} asks for {header.arch.ref} with {header.arch.kwargs}, which no artifact of ours does; it is "
-            "damaged, of another version, or not to be trusted."
+            f"{path} asks for {header.arch.ref} with {registry.shown(header.arch).kwargs}, which no artifact of ours "
+            "does; it is damaged, of another version, or not to be trusted."
         )
     if not own and header.arch.ref != trust:
         raise CheckpointError(
@@ -194,7 +194,7 @@ def _dense(spec: ArchSpec, state: Mapping[str, torch.Tensor], what: str) -> nn.M
     """Build a library's network from a header that may say anything.
 
     No size in the arguments can be larger than the largest side of a tensor in the file, and no network has more
-    layers than tensors. Networks of the zoo get no memory before their tensors are known to fit.
+    layers than tensors. Networks of the zoo and of ONNX files get no memory before their tensors are known to fit.
 
     Raises:
         CheckpointError: The arguments do not go with the tensors, or no network can be built from them.
@@ -207,12 +207,14 @@ def _dense(spec: ArchSpec, state: Mapping[str, torch.Tensor], what: str) -> nn.M
                 f"{what} asks for {spec.ref} with {name}={value}, which does not go with its tensors; it is damaged."
             )
     try:
-        with torch.device("meta") if spec.ref.startswith("zoo:") else contextlib.nullcontext():
+        with torch.device("meta") if spec.ref.startswith(("zoo:", "onnx:")) else contextlib.nullcontext():
             return registry.build(spec)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from error
     except Exception as error:  # whatever a factory raises, the header's arguments made it do so
         raise CheckpointError(
-            f"{what} asks for {spec.ref} with {spec.kwargs}, which cannot be built ({error}); it is damaged, or "
-            "was written with other versions of the libraries."
+            f"{what} asks for {spec.ref} with {registry.shown(spec).kwargs}, which cannot be built ({error}); "
+            "it is damaged, or was written with other versions of the libraries."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Opening a network: our artifact, somebody else's checkpoint file, or an architecture by name.
+"""Opening a network: our artifact, somebody else's checkpoint or ONNX file, or an architecture by name.
 
 Of a foreign file `foreign` reads the tensors alone, and `recognise` tells the architecture where nobody names it. Its
 class count and input channels are read from its last and first layers; everything else must fit exactly.
@@ -7,7 +7,6 @@ class count and input channels are read from its last and first layers; everythi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -22,14 +21,17 @@ from se_prune import artifact
 from se_prune.artifact import Network
 from se_prune.errors import CheckpointError, UsageError, nearest
 from se_prune.foreign import (
+    ONNX,
     SUFFIXES,
     check_values,
     differences,
+    digest,
     first_line,
     read_start,
     read_weights,
     renamed,
 )
+from se_prune.onnx_file import open_onnx
 from se_prune.recognise import adapted, head_of, outputs, recognise, stem_of, stored_sizes
 from se_prune.records import ArchSpec, ArtifactHeader, HistoryEntry, Preprocessing
 from se_prune.zoo import registry
@@ -54,7 +56,7 @@ def open_model(
     """Open MODEL as every command takes it, on the CPU and in eval mode.
 
     Args:
-        ref: An artifact, a checkpoint file, or an architecture reference.
+        ref: An artifact, a checkpoint or ONNX file, or an architecture reference.
         arch: The architecture of a foreign checkpoint, recognised by its tensors where None and then logged as a
             warning; for an artifact it must be the artifact's own.
         num_classes: The class count; read from a checkpoint's last layer where None.
@@ -83,6 +85,11 @@ def open_model(
         raise UsageError(
             f"--pretrained goes with an architecture, but {ref} is a file; leave --pretrained out."
         )
+    elif path.suffix.lower() == ONNX:
+        if arch is not None or ema:
+            raise UsageError(f"{ref} holds its own graph and one set of weights; leave --arch and --ema out.")
+        network = open_onnx(path, asked=input_size, normalised=mean is not None and std is not None)
+        _require_sizes(network, sizes, ref)
     else:
         network = _open_file(path, arch, sizes, ema)
     preprocessing = override(network.header.preprocessing, input_size=input_size, mean=mean, std=std)
@@ -119,7 +126,7 @@ def _file_of(ref: str) -> Path | None:
     if ref.partition(":")[0] in registry.LIBRARIES:
         return None
     path = Path(ref)
-    path_like = "/" in ref or os.sep in ref or path.suffix.lower() in SUFFIXES | {".zip"}
+    path_like = "/" in ref or os.sep in ref or path.suffix.lower() in SUFFIXES | {".zip", ONNX}
     try:
         if path.is_file():
             return path
@@ -225,7 +232,7 @@ def _open_file(path: Path, arch: str | None, sizes: dict[str, int], ema: bool) -
     check_values(weights.tensors, path)
     ref = recognise(weights, str(path)) if arch is None else arch
     spec, module = _fitted(path, registry.resolve(ref, **sizes), weights.tensors, sizes)
-    details: dict[str, Any] = {"file": path.name, "sha256": _digest(path)}
+    details: dict[str, Any] = {"file": path.name, "sha256": digest(path)}
     if arch is None:
         details["arch"] = f"{spec.ref}, recognised by the tensors"
         head = head_of(module)
@@ -239,11 +246,6 @@ def _open_file(path: Path, arch: str | None, sizes: dict[str, int], ema: bool) -
         LOG.warning("%s holds averaged weights alone; they were opened.", path)
     entry = HistoryEntry(stage="opened", details=details)
     return Network(module=module, header=_header(spec, module, entry))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_artifact(path: Path, arch: str | None, sizes: Mapping[str, int]) -> Network:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import re
@@ -35,6 +36,7 @@ SAVE_WEIGHTS = (
 PLAIN_PICKLES = frozenset({b"\x80\x03", b"\x80\x04", b"\x80\x05"})
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
 SUFFIXES = frozenset({".pth", ".pt", ".pkl", ".bin", ".tar", ".ckpt", ".safetensors"})
+ONNX = ".onnx"
 #: Weights hardly compress: an archive that unpacks to a hundred times its size is none of ours.
 SWELL, SMALL_BYTES = 100, 2**26
 AGAIN = "copy or download it again"
@@ -89,6 +91,12 @@ def read_start(path: Path) -> bytes:
     if not start:
         raise CheckpointError(f"{path} is empty; {AGAIN}.")
     return start
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, for the history."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(path: Path, start: bytes, *, ema: bool = False) -> Weights:

@@ -26,7 +26,7 @@ from rich.table import Table
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, all else on stderr.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
 Seed = Annotated[int, typer.Option("--seed", help="Fixes every random choice.")]
-Model = Annotated[str, typer.Argument(help="An artifact, a checkpoint file, or an architecture reference.")]
+Model = Annotated[str, typer.Argument(help="An artifact, a checkpoint or ONNX file, or an architecture.")]
 Arch = Annotated[
     str | None,
     typer.Option(

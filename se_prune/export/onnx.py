@@ -1,6 +1,7 @@
 """ONNX: torch's dynamo exporter, opset 18, a dynamic batch, checked and timed in onnxruntime.
 
-The packages onnx, onnxscript and onnxruntime are imported in this file only, inside its functions.
+The output is the logits; a network whose own ONNX file ended with a softmax or sigmoid gets that back. The packages
+onnx, onnxscript and onnxruntime are imported inside functions only.
 
 Shapes: N images, C channels, H, W pixels, K classes.
 """
@@ -25,6 +26,8 @@ from se_prune.errors import SePruneError
 from se_prune.files import whole_file
 from se_prune.records import ArtifactHeader, Exported
 from se_prune.schema import to_dict, to_json
+from se_prune.zoo.registry import shown
+from se_prune.zoo.steps import WithFinal, final_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from se_prune.artifact import Network
 
 OPSET = 18
-INPUT, OUTPUT = "images", "logits"
+INPUT, OUTPUT, SCORES = "images", "logits", "probabilities"
 METADATA_PREFIX = "se_prune."
 #: Largest allowed difference of a logit, relative to the largest logit (or to 1, if all are smaller).
 TOLERANCE = 1e-3
@@ -60,7 +63,7 @@ def export_onnx(network: Network, output: Path, images: torch.Tensor) -> Exporte
             from the network's by more than `TOLERANCE`; no file is left behind.
     """
     _require_packages()
-    module = copy.deepcopy(network.module).cpu().float().eval()
+    module = _as_filed(copy.deepcopy(network.module).cpu().float().eval())
     images = images.detach().cpu().float()
     arch = network.header.arch.ref
     model = _convert(module, images, arch)
@@ -79,6 +82,11 @@ def export_onnx(network: Network, output: Path, images: torch.Tensor) -> Exporte
             images_checked=len(images),
             latency_ms=_latency_ms(session, images[:1].numpy()),
         )
+
+
+def _as_filed(module: nn.Module) -> nn.Module:
+    """Return the network with what its own ONNX file ended with, such as a softmax; any other as it is."""
+    return module if final_of(module) == "none" else WithFinal(module).eval()
 
 
 def _require_packages() -> None:
@@ -108,7 +116,7 @@ def _convert(module: nn.Module, images: torch.Tensor, arch: str) -> Any:
                 external_data=False,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[OUTPUT if final_of(module) == "none" else SCORES],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
@@ -168,7 +176,7 @@ def _add_metadata(model: Any, header: ArtifactHeader) -> None:
     """Say in the model's metadata what network it is and how to feed it; values are JSON."""
     preprocessing = to_dict(header.preprocessing)
     values = {
-        "arch": to_json(header.arch),
+        "arch": to_json(shown(header.arch)),
         "classes": json.dumps(header.classes),
         **{key: json.dumps(preprocessing[key]) for key in ("input_size", "mean", "std")},
     }
@@ -200,8 +208,8 @@ def _session(path: Path) -> Any:
 
 
 def _logits(session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the logits (N, K) of images (N, C, H, W)."""
-    return np.asarray(session.run([OUTPUT], {INPUT: images})[0])
+    """Return the output (N, K), logits or probabilities, of images (N, C, H, W)."""
+    return np.asarray(session.run(None, {INPUT: images})[0])
 
 
 @torch.no_grad()

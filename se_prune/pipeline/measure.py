@@ -20,6 +20,7 @@ from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.sites import discover, find_sites
 from se_prune.gates.statistics import Statistics, collect
 from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone, Preprocessing
+from se_prune.zoo import registry
 
 #: Training images that scores and repair look at, unless told otherwise.
 MEASURED_IMAGES = 2048
@@ -83,7 +84,7 @@ def inspect(network: Network) -> Inspection:
     """Return what `inspect` prints."""
     found = structure(network)
     return Inspection(
-        arch=network.header.arch,
+        arch=registry.shown(network.header.arch),
         sites=found.sites,
         groups=tuple(c.group for c in found.couplings),
         cost=found.cost,

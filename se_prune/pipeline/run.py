@@ -34,6 +34,7 @@ from se_prune.report import write_report
 from se_prune.schema import to_json
 from se_prune.scoring.registry import find
 from se_prune.training.loop import StepLog
+from se_prune.zoo.registry import shown
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
 #: Training images on which an export is checked, spread over the classes.
@@ -156,7 +157,7 @@ def run_recipe(
     run = Run(
         name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
         command=command,
-        arch=dense.header.arch,
+        arch=shown(dense.header.arch),
         data=data.name,
         classes=data.classes,
         seed=recipe.seed,

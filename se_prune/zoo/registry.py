@@ -1,4 +1,7 @@
-"""Names of architectures to networks: `zoo:`, `timm:`, `torchvision:`, `pytorchcv:`, `package.module:factory`."""
+"""Names of architectures to networks: `zoo:`, `timm:`, `torchvision:`, `pytorchcv:`, `package.module:factory`.
+
+`onnx:` networks have no factory: their spec holds them step by step (`zoo.steps`).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
 
 from se_prune.errors import CheckpointError, UsageError, nearest
 from se_prune.records import ArchSpec, Preprocessing
-from se_prune.zoo import linear_gate
+from se_prune.zoo import linear_gate, steps
 from se_prune.zoo.bn_inception import BNInception
 from se_prune.zoo.inception_resnet import InceptionResNetV2
 from se_prune.zoo.mobilenet import MobileNet
@@ -123,6 +127,10 @@ def resolve(ref: str, **kwargs: Any) -> ArchSpec:
         UsageError: No library has that name; the message gives the nearest one.
     """
     library, _, name = ref.rpartition(":")
+    if library == steps.LIBRARY:
+        raise UsageError(
+            f"a network of an ONNX file is opened by its file: give {name}.onnx instead of {ref}."
+        )
     if not library:
         for candidate in LIBRARIES:
             if candidate == "pytorchcv" and importlib.util.find_spec("pytorchcv") is None:
@@ -144,12 +152,20 @@ def resolve(ref: str, **kwargs: Any) -> ArchSpec:
 
 def is_library(ref: str) -> bool:
     """Say whether a reference names a network of the zoo or a known library, and no user factory."""
-    return ref.rpartition(":")[0] in LIBRARIES
+    return ref.rpartition(":")[0] in {*LIBRARIES, steps.LIBRARY}
+
+
+def shown(spec: ArchSpec) -> ArchSpec:
+    """Return a spec as it may be printed: without the steps of an imported network, which are many."""
+    kwargs = {name: value for name, value in spec.kwargs.items() if name != "steps"}
+    return replace(spec, kwargs=kwargs)
 
 
 def is_trusted(spec: ArchSpec) -> bool:
     """Say whether a spec read from a file may be built: a known network, and arguments that load nothing."""
     library, _, name = spec.ref.rpartition(":")
+    if library == steps.LIBRARY:
+        return set(spec.kwargs) == {"steps"}
     if library == "zoo" and name in ZOO:
         factory = ZOO[name][0]
         return set(spec.kwargs) <= set(inspect.signature(factory).parameters)
@@ -161,9 +177,12 @@ def build(spec: ArchSpec) -> nn.Module:
 
     Raises:
         UsageError: The factory is missing or refuses its arguments.
+        CheckpointError: The steps of an imported network are damaged.
     """
     library, _, name = spec.ref.rpartition(":")
     kwargs = dict(spec.kwargs)
+    if library == steps.LIBRARY:
+        return steps.build(kwargs)
     try:
         if library == "zoo":
             factory, defaults, _ = ZOO[name]

@@ -25,6 +25,7 @@ ORDER = (
     "artifact",  # our own file, and the layer types that every stage shares
     "foreign",  # files of others
     "recognise",  # tensors → architecture
+    "onnx_file",  # ONNX files → networks
     "checkpoint",  # MODEL → network
     "data",
     "gates",  # sites, statistics, energies

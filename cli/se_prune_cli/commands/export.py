@@ -56,6 +56,8 @@ def command(
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     source = pipeline.matching(network, source)
     target = output or Path(f"{Path(model.rpartition(':')[2]).stem}.{to}")
+    if target.exists() and target.resolve() == Path(model).resolve():
+        raise UsageError(f"{target} is MODEL itself; give another file with -o.")
     with Progressed().stage(f"export to {to}", None):
         result = export(network, to, target, real_images(source.train, network, images))
     out.table(
