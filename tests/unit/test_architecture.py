@@ -32,7 +32,8 @@ ORDER = (
     "cost",
     "scoring",
     "planning",
-    "surgery",  # cut and repair
+    "folding",  # which gates become constants
+    "surgery",  # cut, fold and repair
     "training",
     "evaluate",
     "report",
