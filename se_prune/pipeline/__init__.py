@@ -3,6 +3,7 @@
 `measure` looks, `outline` lists, `jobs` changes, `run` does a whole recipe.
 """
 
+from se_prune.pipeline.folds import outlook
 from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
 from se_prune.pipeline.measure import (
     Reporter,
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "new_network",
     "outline",
+    "outlook",
     "plan",
     "require_classes",
     "run_recipe",

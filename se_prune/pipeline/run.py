@@ -23,6 +23,7 @@ from se_prune.evaluate import paired
 from se_prune.export import export, require_target
 from se_prune.export.onnx import onnx_runner
 from se_prune.files import make_folder, write_text
+from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
 from se_prune.pipeline import jobs, measure
@@ -74,7 +75,8 @@ def run_recipe(
         SePruneError: Whatever a stage refuses; files of finished stages stay.
     """
     show = reporter or measure.Silent()
-    budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params)
+    folds = parse_request(recipe.apply.fold_gates, recipe.apply.fold_tolerance)
+    budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params, folds=folds is not None)
     widths = {"round_to": recipe.apply.round_to, "min_channels": recipe.apply.min_channels}
     check_ranges(budget, **widths)
     find(recipe.apply.criterion)
@@ -85,7 +87,8 @@ def run_recipe(
     model = recipe.model
     dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
     found = measure.structure(dense)
-    check_budget(found.couplings, layer_costs(dense.module, found.cost.per_layer), budget, **widths)
+    if folds is None:  # what is folded, and so what is left to cut, is known after the analysis
+        check_budget(found.couplings, layer_costs(dense.module, found.cost.per_layer), budget, **widths)
     make_folder(folder)
     stages: list[StageResult] = []
 
@@ -110,6 +113,7 @@ def run_recipe(
         statistics=statistics,
         **widths,
         repair=recipe.apply.repair,
+        folds=folds,
         seed=recipe.seed,
         reporter=show,
     )
