@@ -133,6 +133,10 @@ def read_run(path: Path) -> RunRecipe:
     values = read_toml(path)
     if isinstance(values.get("finetune"), dict):
         values["finetune"] = {**FINETUNE_DEFAULTS, **values["finetune"]}
+    if isinstance(values.get("apply"), dict) and isinstance(values["apply"].get("fold_gates"), bool):
+        raise UsageError(
+            f'{path}: fold_gates takes "none", "auto", "all", a number, or names, got a truth value.'
+        )
     recipe: RunRecipe = _checked(RunRecipe, values, str(path))
     folds = str(recipe.apply.fold_gates) not in {"none", "0"}
     budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params, folds=folds)
