@@ -83,6 +83,7 @@ def logit_shifts(
                 (logits * signs).sum(),
                 [added for _, added in gates.values()],
                 retain_graph=number < PROBES - 1,
+                materialize_grads=True,  # of a gate that does not reach the logits: zeros
             )
             for (name, (s, _)), slope in zip(gates.items(), slopes, strict=True):
                 change = constants[name].to(s).view(1, -1, 1, 1) - s

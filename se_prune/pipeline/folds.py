@@ -23,6 +23,7 @@ from se_prune.pipeline.measure import (
     example_input,
     require_statistics,
 )
+from se_prune.planning import check_budget
 from se_prune.records import Budget, Coupling, GateSite, LayerCost, LayerSlice, Plan, SitePlan
 from se_prune.surgery.fold import Way, find_ways
 
@@ -152,6 +153,30 @@ def rest_of(budget: Budget, before: Mapping[str, LayerCost], left: Mapping[str, 
     if rest < 1:
         raise BudgetError(f"the network has no {budget.kind} to meet a budget of.")
     return replace(budget, value=min(1.0, budget.value * full / rest))
+
+
+def check_rest(
+    groups: Sequence[Coupling],
+    left: Mapping[str, LayerCost],
+    budget: Budget,
+    rest: Budget,
+    *,
+    round_to: int,
+    min_channels: int,
+) -> None:
+    """Check that what folding leaves can meet its part `rest` of a budget.
+
+    Raises:
+        BudgetError: It cannot; the message says what is reachable.
+    """
+    try:
+        check_budget(groups, left, rest, round_to=round_to, min_channels=min_channels)
+    except BudgetError as error:
+        if rest == budget:
+            raise
+        raise BudgetError(
+            f"--{budget.kind} {budget.value:g} is {rest.value:.4g} of what the folded gates leave, and {error}"
+        ) from error
 
 
 def fold_only(

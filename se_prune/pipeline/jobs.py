@@ -22,7 +22,15 @@ from se_prune.evaluate import evaluate
 from se_prune.folding import FoldRequest
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics
-from se_prune.pipeline.folds import choose_sites, fold_only, gates_of, rest_of, totals, without_folded
+from se_prune.pipeline.folds import (
+    check_rest,
+    choose_sites,
+    fold_only,
+    gates_of,
+    rest_of,
+    totals,
+    without_folded,
+)
 from se_prune.pipeline.measure import (
     BATCH,
     MEASURED_IMAGES,
@@ -36,7 +44,7 @@ from se_prune.pipeline.measure import (
     require_statistics,
 )
 from se_prune.pipeline.repairs import repair_network
-from se_prune.planning import check_budget, check_ranges, make_plan
+from se_prune.planning import check_ranges, make_plan
 from se_prune.records import (
     ArchSpec,
     ArtifactHeader,
@@ -132,7 +140,7 @@ def plan(
     if folds is not None and budget.kind == "sparsity" and budget.value == 0:
         return fold_only(costs, left, sites, **widths)
     rest = rest_of(budget, costs, left)
-    check_budget(groups, left, rest, **widths)
+    check_rest(groups, left, budget, rest, **widths)
     energies = None if statistics is None else statistics.energies
     subset: Split | None = None
     if data is not None and needs:

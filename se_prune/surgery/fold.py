@@ -179,10 +179,13 @@ def _block(graph: _Graph, site: GateSite) -> tuple[int, int, set[int]] | str:
     inside -= {i for i in inside if nodes[i].op == "empty"}
     if any(nodes[i].call != site.call for i in own) or site.call:
         return f"{owner} runs more than once"
-    multiply = next(i for i in own if nodes[i].multiply == site.multiply and nodes[i].op in {"mul", "mul_"})
+    found = [i for i in own if nodes[i].multiply == site.multiply and nodes[i].op in {"mul", "mul_"}]
+    more = f"{owner} does more than compute the gate and multiply"
+    if not found:
+        return more
+    multiply = found[0]
     features = nodes[multiply].operands[1 - site.gate_operand]
     strangers = {n for i in inside for n in nodes[i].layers if n != owner and not n.startswith(f"{owner}.")}
-    more = f"{owner} does more than compute the gate and multiply"
     if features is None or features in inside or max(inside) != multiply or strangers:
         return more
     if any(p != features and p not in inside for i in inside for p in nodes[i].inputs):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from se_prune.errors import DataError, SurgeryError, UsageError
+from se_prune.errors import BudgetError, DataError, SurgeryError, UsageError
 from se_prune.folding import FoldRequest, Saving, liveness, look_ahead, parse_request, plan_sites
 from se_prune.gates.shift import logit_shifts
 from se_prune.gates.sites import find_sites
 from se_prune.gates.tap import tap
-from se_prune.records import SiteSummary
+from se_prune.pipeline.folds import check_rest, rest_of
+from se_prune.records import Budget, LayerCost, SiteSummary
 from tests.built import lively
 from tests.evidence import CPU, Tensors
 from tests.nets import RESIDUAL
@@ -176,3 +177,24 @@ def test_a_gate_that_is_its_constant_shifts_nothing_and_no_image_is_refused():
         logit_shifts(
             model, sites, constants, Tensors(images[:0], torch.zeros(0)), RESIDUAL.preprocessing, device=CPU
         )
+
+
+def test_a_budget_is_of_the_dense_network_whatever_is_folded():
+    def layer(macs, weights):
+        return LayerCost(
+            in_channels=4, out_channels=4, weights=weights, biases=0, macs=macs, channelwise=False
+        )
+
+    before = {"conv": layer(80, 60), "reduce": layer(20, 40)}
+    left = {"conv": before["conv"]}
+    assert rest_of(Budget(kind="macs", value=0.4), before, left).value == pytest.approx(0.5)
+    assert rest_of(Budget(kind="params", value=0.3), before, left).value == pytest.approx(0.5)
+    assert rest_of(Budget(kind="macs", value=0.9), before, left).value == 1.0  # folding alone meets it
+    assert rest_of(Budget(kind="sparsity", value=0.4), before, left).value == 0.4  # counts channels
+    budget, widths = Budget(kind="macs", value=0.4), {"round_to": 1, "min_channels": 2}
+    with pytest.raises(
+        BudgetError, match=r"^--macs 0\.4 is 0\.5 of what the folded gates leave, and --macs 0\.5"
+    ):
+        check_rest((), left, budget, rest_of(budget, before, left), **widths)
+    with pytest.raises(BudgetError, match=r"^--macs 0\.4 cannot be met"):
+        check_rest((), before, budget, budget, **widths)
