@@ -18,7 +18,7 @@ from torch import nn
 
 from se_prune.errors import CheckpointError, SePruneError, UsageError
 from se_prune.files import write_tensors
-from se_prune.records import ArchSpec, ArtifactHeader, Geometry
+from se_prune.records import ArchSpec, ArtifactHeader, FoldKind, Geometry
 from se_prune.schema import from_json, to_json
 from se_prune.zoo import registry
 
@@ -62,6 +62,13 @@ def changed_geometry(dense: nn.Module, cut: nn.Module) -> dict[str, Geometry]:
         if size is not None and size != geometry(modules[name]):
             result[name] = size
     return result
+
+
+def merged_geometry(before: Network, after: nn.Module) -> dict[str, Geometry]:
+    """Return the recorded sizes of `after`, made from a network that may have been cut before."""
+    sizes = {**before.header.geometry, **changed_geometry(before.module, after)}
+    names = {name for name, _ in after.named_modules()}
+    return {name: size for name, size in sizes.items() if name in names}
 
 
 def weight_shape(module: nn.Module, size: Geometry) -> tuple[int, ...]:
@@ -186,6 +193,8 @@ def load(path: str | Path, *, trust: str | None = None) -> Network:
     with safe_open(str(path), framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     module = _dense(header.arch, state, str(path)) if own else registry.build(header.arch)
+    _require_blocks(module, header.folded, what=str(path))
+    replace_blocks(module, header.folded)
     apply_geometry(module, header.geometry, state, what=str(path))
     return Network(module=module.eval(), header=header)
 
@@ -241,6 +250,44 @@ def apply_geometry(
         module.load_state_dict(given, strict=True, assign=any(value.is_meta for value in own.values()))
     except RuntimeError as error:
         raise CheckpointError(f"{what} does not fit its architecture: {short_mismatch(error)}.") from error
+
+
+def _require_blocks(module: nn.Module, kinds: Mapping[str, FoldKind], *, what: str) -> None:
+    """Check that the blocks which a header calls folded are blocks of layers, none inside another.
+
+    Raises:
+        CheckpointError: One is not.
+    """
+    modules = dict(module.named_modules())
+    for name in kinds:
+        block = modules.get(name) if name else None
+        if block is None or not any(geometry(m) for m in block.modules() if m is not block):
+            raise CheckpointError(f"{what} folds '{name}', which is no SE block of its architecture.")
+        if any(name.startswith(f"{other}.") for other in kinds):
+            raise CheckpointError(f"{what} folds '{name}' inside a block that it folds; it is damaged.")
+
+
+def replace_blocks(
+    module: nn.Module, kinds: Mapping[str, FoldKind], scales: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Put what folding leaves behind in the place of SE blocks.
+
+    Args:
+        module: The network; changed in place.
+        kinds: Per block, by name, what takes its place.
+        scales: Per block a constant (C,) for each channel; without, a `scale` has one channel and waits for
+            `apply_geometry`.
+    """
+    for name, kind in kinds.items():
+        parent, _, leaf = name.rpartition(".")
+        new: nn.Module = nn.Identity()
+        if kind == "scale":
+            like = next(module.get_submodule(name).parameters())
+            value = like.new_ones(1) if scales is None else scales[name]
+            new = nn.Conv2d(len(value), len(value), 1, groups=len(value), bias=False).to(like)
+            with torch.no_grad():
+                new.weight.copy_(value.view(-1, 1, 1, 1))
+        setattr(module.get_submodule(parent), leaf, new.train(module.training))
 
 
 def short_mismatch(error: RuntimeError, limit: int = 3) -> str:

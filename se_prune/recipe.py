@@ -30,7 +30,7 @@ class ModelTable:
 
 @record
 class ApplyTable:
-    """`[apply]`: exactly one of the budgets, and how to cut."""
+    """`[apply]`: exactly one of the budgets (or none, where gates are folded alone), and how to cut and fold."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     sparsity: float | None = None
@@ -42,6 +42,8 @@ class ApplyTable:
     hidden: HiddenPolicy = "tie"
     classes: tuple[str, ...] = ()
     repair: RepairMode = "refit"
+    fold_gates: str | int = "none"
+    fold_tolerance: float | None = None
 
 
 @record
@@ -100,11 +102,13 @@ def find_recipe(name: str | Path) -> Path:
     )
 
 
-def budget_of(sparsity: float | None, macs: float | None, params: float | None) -> Budget:
-    """Return the one budget that was given.
+def budget_of(
+    sparsity: float | None, macs: float | None, params: float | None, *, folds: bool = False
+) -> Budget:
+    """Return the one budget that was given; a sparsity of 0 where none was and gates are folded (`folds`).
 
     Raises:
-        UsageError: None or several were given.
+        UsageError: Several were given, or none and nothing is folded.
     """
     options: dict[Literal["sparsity", "macs", "params"], float | None] = {
         "sparsity": sparsity,
@@ -112,8 +116,13 @@ def budget_of(sparsity: float | None, macs: float | None, params: float | None) 
         "params": params,
     }
     given = [(kind, value) for kind, value in options.items() if value is not None]
+    if folds and not given:
+        return Budget(kind="sparsity", value=0.0)
     if len(given) != 1:
-        raise UsageError("give exactly one budget: --sparsity, --macs or --params, such as --macs 0.5.")
+        raise UsageError(
+            "give exactly one budget: --sparsity, --macs or --params, such as --macs 0.5 "
+            "(--fold-gates alone needs none)."
+        )
     return Budget(kind=given[0][0], value=given[0][1])
 
 
@@ -126,8 +135,13 @@ def read_run(path: Path) -> RunRecipe:
     values = read_toml(path)
     if isinstance(values.get("finetune"), dict):
         values["finetune"] = {**FINETUNE_DEFAULTS, **values["finetune"]}
+    if isinstance(values.get("apply"), dict) and isinstance(values["apply"].get("fold_gates"), bool):
+        raise UsageError(
+            f'{path}: fold_gates takes "none", "auto", "all", a number, or names, got a truth value.'
+        )
     recipe: RunRecipe = _checked(RunRecipe, values, str(path))
-    budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params)
+    folds = str(recipe.apply.fold_gates) not in {"none", "0"}
+    budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params, folds=folds)
     if recipe.finetune is not None:
         _check_ranges(recipe.finetune, f"[finetune] of {path}")
     return recipe

@@ -109,6 +109,8 @@ GroupKind = Literal["gated", "stream", "inner", "hidden"]
 RepairMode = Literal["refit", "bn", "none"]
 #: Hidden units leave by their own scores, in proportion to the channels that they gate, or not at all.
 HiddenPolicy = Literal["prune", "tie", "keep"]
+#: What stands where an SE block was: nothing, or a depthwise 1×1 convolution.
+FoldKind = Literal["identity", "scale"]
 
 
 @record
@@ -189,7 +191,8 @@ class SiteSummary:
     `std_images` is the standard deviation of the gate over images, averaged over channels;
     `class_specificity` the between-class share of the gate's variance; `saturated` the share of gates above
     0.95 or below 0.05; `fold_loss` the share of the recalibrated energy that the best constant gate misses,
-    E[(s-a)²u²] / E[v²] with a = E[s·u²] / E[u²].
+    E[(s-a)²u²] / E[v²] with a = E[s·u²] / E[u²]; `logit_shift` the share of the logits' energy by which they move
+    with that constant, to first order (None where it was not measured).
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -201,7 +204,13 @@ class SiteSummary:
     class_specificity: float
     saturated: float
     fold_loss: float
+    logit_shift: float | None = None
     advice: Literal["keep", "fold"]
+
+    @property
+    def predicted_loss(self) -> float:
+        """What folding this site costs: the logit shift, or the fold loss where that was not measured."""
+        return self.fold_loss if self.logit_shift is None else self.logit_shift
 
 
 @record
@@ -241,6 +250,22 @@ class GroupPlan:
 
 
 @record
+class SitePlan:
+    """Whether a gate stays or is folded to `constants` (C,), one per channel of the dense network.
+
+    `loss` is the predicted cost of folding this site alone, as `SiteSummary.predicted_loss`; `note` says into which
+    layer the constants go, or why the gate stays.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    name: str
+    action: Literal["keep", "fold"]
+    loss: float
+    constants: tuple[float, ...] = ()
+    note: str | None = None
+
+
+@record
 class LayerRefit:
     """The least-squares repair of one layer: its squared error on held-out images before and after.
 
@@ -256,10 +281,10 @@ class LayerRefit:
 
 @record
 class Plan:
-    """The channels that leave, per group, in the dense network's numbering; replayable.
+    """The channels that leave, per group, and the gates that are folded, in the dense network's numbering; replayable.
 
     `groups` are those that could be cut, `refused` those that could not; the note of each says why no more of it
-    leaves.
+    leaves. `sites` is empty where no gate was to be folded.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -275,6 +300,12 @@ class Plan:
     params_after: int
     hidden: HiddenPolicy = "tie"
     refused: tuple[GroupPlan, ...] = ()
+    sites: tuple[SitePlan, ...] = ()
+
+    @property
+    def sites_folded(self) -> int:
+        """Gate sites whose gate becomes a constant."""
+        return sum(site.action == "fold" for site in self.sites)
 
     @property
     def channels_removed(self) -> int:
@@ -372,12 +403,13 @@ class HistoryEntry:
 
 @record
 class ArtifactHeader:
-    """Everything that an artifact says beside its tensors."""
+    """Everything that an artifact says beside its tensors; `folded` names the SE blocks that are gone."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
     arch: ArchSpec
     geometry: dict[str, Geometry] = field(default_factory=dict)
+    folded: dict[str, FoldKind] = field(default_factory=dict)
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
     plan: Plan | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from se_prune import text
 
 if TYPE_CHECKING:
-    from se_prune.records import Cost, Evaluation, LayerRefit, Plan, SiteSummary
+    from se_prune.records import Cost, Evaluation, LayerRefit, Plan, SitePlan, SiteSummary
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -51,9 +51,27 @@ def plan_rows(plan: Plan) -> Table:
     ]
 
 
+def fold_rows(sites: Sequence[SitePlan]) -> Table:
+    """Return which gates are folded, at what predicted loss, and where their constants go."""
+    return ["gate site", "predicted loss", "action", "note"], [
+        [s.name, text.percent(s.loss, 2), s.action, s.note or ""] for s in sites
+    ]
+
+
 def site_rows(sites: Sequence[SiteSummary]) -> Table:
     """Return the site table of `analyze`; `std` is over images, `specificity` the between-class share of it."""
-    return ["gate site", "channels", "mean", "std", "specificity", "saturated", "fold loss", "advice"], [
+    head = [
+        "gate site",
+        "channels",
+        "mean",
+        "std",
+        "specificity",
+        "saturated",
+        "fold loss",
+        "logits",
+        "advice",
+    ]
+    return head, [
         [
             s.name,
             f"{s.channels}/{s.hidden}" if s.hidden else str(s.channels),
@@ -62,6 +80,7 @@ def site_rows(sites: Sequence[SiteSummary]) -> Table:
             f"{s.class_specificity:.2f}",
             text.percent(s.saturated),
             text.percent(s.fold_loss),
+            text.MISSING if s.logit_shift is None else text.percent(s.logit_shift, 2),
             s.advice,
         ]
         for s in sites

@@ -51,6 +51,7 @@ def run_and_show(
             "after": {"params": run.cost_after.params, "macs": run.cost_after.macs},
             "top1_before": dense_top1,
             "top1_after": final,
+            "sites_folded": run.plan.sites_folded,
             "max_abs_diff_masked": run.max_abs_diff_masked,
             "files": {name: str(path) for name, path in outcome.files.items()},
         }

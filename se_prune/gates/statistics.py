@@ -77,7 +77,8 @@ class SiteSums:
 class Statistics:
     """The statistics of a network on `counts.sum()` images; `counts` (K,) images per class.
 
-    `energies` stands beside them where it was measured, on its own (smaller) set of images.
+    `energies` and `shifts` (per site the share of the logits' energy that folding it moves, `gates.shift`) stand
+    beside them where they were measured, on their own (smaller) sets of images.
     """
 
     classes: tuple[str, ...]
@@ -85,6 +86,7 @@ class Statistics:
     sites: tuple[GateSite, ...]
     sums: dict[str, SiteSums]
     energies: ChannelEnergies | None = None
+    shifts: dict[str, float] | None = None
 
     @property
     def n(self) -> int:
@@ -92,7 +94,7 @@ class Statistics:
         return int(self.counts.sum())
 
     def merged(self, other: Statistics) -> Statistics:
-        """Return the statistics over both sets of images.
+        """Return the statistics over both sets of images; without shifts, whose constants were those of one set.
 
         Raises:
             DataError: The two are of other networks or other classes.
@@ -123,6 +125,7 @@ class Statistics:
             "schema_version": SCHEMA_VERSION,
             "classes": list(self.classes),
             "sites": [to_dict(site) for site in self.sites],
+            "shifts": self.shifts,
         }
         write_tensors(path, tensors, {HEADER_KEY: json.dumps(header)})
 
@@ -150,6 +153,7 @@ class Statistics:
                 sites=sites,
                 sums=sums,
                 energies=_read_energies(tensors),
+                shifts=_read_shifts(header, sites),
             )
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} does not exist; make it with `se-prune analyze`.") from error
@@ -162,6 +166,15 @@ class Statistics:
 def _check_version(version: int) -> None:
     if version != SCHEMA_VERSION:
         raise ValueError(f"its schema version is {version}, not {SCHEMA_VERSION}")
+
+
+def _read_shifts(header: dict[str, object], sites: Sequence[GateSite]) -> dict[str, float] | None:
+    shifts = header.get("shifts")
+    if shifts is None:
+        return None
+    if not isinstance(shifts, dict):
+        raise TypeError(f"its shifts are a {type(shifts).__name__}")
+    return {site.name: float(shifts[site.name]) for site in sites}
 
 
 def _read_energies(tensors: dict[str, torch.Tensor]) -> ChannelEnergies | None:

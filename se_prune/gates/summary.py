@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from se_prune.gates.statistics import BINS, SiteSums, Statistics
-from se_prune.records import GateProfile, SiteSummary
+from se_prune.records import GateProfile, GateSite, SiteSummary
 
-#: A site whose best constant loses less than this share of its recalibrated energy is advised to be folded.
+#: Sites are advised to be folded, cheapest first, as long as their predicted losses add up to less than this.
 FOLD_TOLERANCE = 0.005
 
 
@@ -40,16 +42,23 @@ def specificity(sums: SiteSums, counts: torch.Tensor) -> tuple[torch.Tensor, tor
 
 def summarise(statistics: Statistics) -> tuple[SiteSummary, ...]:
     """Return the site table, in the order in which the sites run."""
-    return tuple(_summary(statistics, index) for index in range(len(statistics.sites)))
+    rows = [_summary(statistics, site) for site in statistics.sites]
+    cheap = cheapest_within({row.name: row.predicted_loss for row in rows}, FOLD_TOLERANCE)
+    return tuple(replace(row, advice="fold" if row.name in cheap else "keep") for row in rows)
 
 
-def _summary(statistics: Statistics, index: int) -> SiteSummary:
-    site = statistics.sites[index]
+def cheapest_within(losses: Mapping[str, float], tolerance: float) -> tuple[str, ...]:
+    """Return as many names, cheapest first, as together lose less than `tolerance`."""
+    order = sorted(losses, key=lambda name: losses[name])
+    totals = itertools.accumulate(losses[name] for name in order)
+    return tuple(name for name, total in zip(order, totals, strict=True) if total < tolerance)
+
+
+def _summary(statistics: Statistics, site: GateSite) -> SiteSummary:
     sums = statistics.sums[site.name]
     between, total = specificity(sums, statistics.counts)
     edge = max(1, round(0.05 * BINS))
     shares = sums.histogram.sum(0) / sums.histogram.sum()
-    loss = fold_loss(sums)
     return SiteSummary(
         name=site.name,
         channels=site.channels,
@@ -58,8 +67,9 @@ def _summary(statistics: Statistics, index: int) -> SiteSummary:
         std_images=float(total.sqrt().mean()),
         class_specificity=float(between.sum() / total.sum()) if float(total.sum()) > 0 else 0.0,
         saturated=float(shares[:edge].sum() + shares[-edge:].sum()),
-        fold_loss=loss,
-        advice="fold" if loss < FOLD_TOLERANCE else "keep",
+        fold_loss=fold_loss(sums),
+        logit_shift=None if statistics.shifts is None else statistics.shifts[site.name],
+        advice="keep",
     )
 
 
@@ -77,18 +87,3 @@ def profile(statistics: Statistics, site: str, classes: Sequence[str] = ()) -> G
         std=tuple(total.sqrt().tolist()),
         per_class=per_class,
     )
-
-
-def liveness(summaries: Sequence[SiteSummary]) -> str:
-    """Return one sentence on how alive the gates are, for the first line of `analyze`."""
-    if not summaries:
-        return "This network has no gate sites."
-    dead = [s for s in summaries if s.advice == "fold"]
-    std = sum(s.std_images for s in summaries) / len(summaries)
-    spec = sum(s.class_specificity for s in summaries) / len(summaries)
-    head = f"mean deviation over images {std:.3f}, mean class specificity {spec:.2f}"
-    if len(dead) == len(summaries):
-        return f"All {len(summaries)} gates are dead ({head}): fold them all, it costs nothing."
-    if dead:
-        return f"{len(summaries) - len(dead)} of {len(summaries)} gates are alive ({head}); {len(dead)} can be folded."
-    return f"All {len(summaries)} gates are alive ({head})."

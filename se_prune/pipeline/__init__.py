@@ -5,6 +5,7 @@
 
 from se_prune.pipeline.classes import for_classes, like
 from se_prune.pipeline.compress import compress
+from se_prune.pipeline.folds import outlook
 from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
 from se_prune.pipeline.measure import (
     Reporter,
@@ -41,6 +42,7 @@ __all__ = [
     "matching",
     "new_network",
     "outline",
+    "outlook",
     "plan",
     "require_classes",
     "run_recipe",

@@ -53,7 +53,7 @@ def for_classes(network: Network, data: DataSource, names: Sequence[str]) -> tup
     header = replace(
         network.header,
         classes=part.classes,
-        geometry={**network.header.geometry, **artifact.changed_geometry(network.module, module)},
+        geometry=artifact.merged_geometry(network, module),
         history=(
             *network.header.history,
             HistoryEntry(stage="classes", details={"kept": list(part.classes), "of": len(data.classes)}),

@@ -18,10 +18,20 @@ from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
 from se_prune.device import inference_batch
 from se_prune.evaluate import evaluate
+from se_prune.folding import FoldRequest
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics
 from se_prune.layers import layer_costs
 from se_prune.pipeline.classes import like
+from se_prune.pipeline.folds import (
+    check_rest,
+    choose_sites,
+    fold_only,
+    gates_of,
+    rest_of,
+    totals,
+    without_folded,
+)
 from se_prune.pipeline.measure import (
     BATCH,
     MEASURED_IMAGES,
@@ -35,7 +45,8 @@ from se_prune.pipeline.measure import (
     require_classes,
     require_statistics,
 )
-from se_prune.planning import check_budget, make_plan
+from se_prune.pipeline.repairs import repair_network
+from se_prune.planning import check_ranges, make_plan
 from se_prune.records import (
     ArchSpec,
     ArtifactHeader,
@@ -48,20 +59,18 @@ from se_prune.records import (
     LayerRefit,
     Plan,
     RepairMode,
+    SitePlan,
     TrainSettings,
 )
 from se_prune.schema import to_dict
 from se_prune.scoring import Evidence, score
 from se_prune.scoring.registry import find
 from se_prune.surgery.cut import cut, verify
-from se_prune.surgery.refit import refit
-from se_prune.surgery.repair import recalibrate_bn
+from se_prune.surgery.fold import fold, kept_constants
 from se_prune.training import fit
 from se_prune.training.loop import StepLog
 from se_prune.zoo import registry
 
-#: Images that least squares is fitted on; BN statistics take all that are measured.
-REFIT_IMAGES = 1024
 #: Images on which a cut network is compared with its masked twin.
 PROOF_IMAGES = 8
 
@@ -93,22 +102,50 @@ def plan(
     min_channels: int = 2,
     hidden: HiddenPolicy = "tie",
     repair: RepairMode = "refit",
+    folds: FoldRequest | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Plan:
-    """Score the channels and choose those that leave; `repair` is what will follow the cut.
+    """Choose the gates that are folded, score the channels, and choose those that leave.
+
+    Args:
+        network: The dense network.
+        found: Its structure.
+        budget: What the folded and cut network must meet; a sparsity of 0 cuts nothing.
+        criterion: How channels are scored.
+        device: Where to measure.
+        data: Training images, for what has to be measured.
+        statistics: Those of `analyze`; measured on `data` where they are needed and None.
+        round_to: Cut groups keep a multiple of this many channels.
+        min_channels: No group keeps fewer.
+        hidden: What hidden units do.
+        repair: What will follow the cut.
+        folds: Which gates are folded; None for none.
+        seed: Chooses the images.
+        reporter: Shows progress.
 
     Raises:
-        UsageError: The criterion is unknown, or measures images and none were given.
+        UsageError: The criterion is unknown, or images are measured and none were given, or a site is unknown.
         CheckpointError: The statistics are of another network.
         BudgetError: The budget cannot be met.
+        SurgeryError: A gate cannot be folded.
     """
     needs = find(criterion).wants(repair)
     costs = layer_costs(network.module, found.cost.per_layer)
     widths: dict[str, Any] = {"round_to": round_to, "min_channels": min_channels, "hidden": hidden}
-    check_budget(found.couplings, costs, budget, **widths)
+    check_ranges(budget, round_to, min_channels)
     if statistics is not None:
         require_statistics(network, found, statistics)
+    sites: tuple[SitePlan, ...] = ()
+    if folds is not None and found.sites:
+        if statistics is None:
+            statistics = gates_of(network, data, device=device, seed=seed, reporter=reporter)
+        sites = choose_sites(network, found, statistics, folds)
+    groups, left = without_folded(network, found, costs, sites)
+    if folds is not None and budget.kind == "sparsity" and budget.value == 0:
+        return fold_only(costs, left, sites, **widths)
+    rest = rest_of(budget, costs, left)
+    check_rest(groups, left, budget, rest, **widths)
     energies = None if statistics is None else statistics.energies
     subset: Split | None = None
     if data is not None and needs:
@@ -137,7 +174,9 @@ def plan(
     with (reporter or Silent()).stage(f"score by {criterion}", None):
         scores = score(criterion, evidence)
     network.module.cpu()
-    return make_plan(found.couplings, costs, scores, budget, **widths)
+    chosen = make_plan(groups, left, scores, rest, **widths)
+    macs, params = totals(costs)
+    return replace(chosen, budget=budget, macs_before=macs, params_before=params, sites=sites)
 
 
 def apply_plan(
@@ -151,7 +190,7 @@ def apply_plan(
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Applied:
-    """Cut a network by a plan, prove it against its masked twin, and repair it on training images.
+    """Cut and fold a network by a plan, prove it against its masked twin, and repair it on training images.
 
     Args:
         network: The dense network; left as it is.
@@ -165,14 +204,16 @@ def apply_plan(
         reporter: Shows progress.
 
     Raises:
-        SurgeryError: The cut network differs from its masked twin.
+        SurgeryError: The cut network differs from its masked twin, or a gate cannot be folded.
     """
     show = reporter or Silent()
     data = None if data is None else matching(network, data)
     with show.stage("cut", None):
         module = cut(network.module, found.example, chosen)
         images = _proof_images(network, data, seed)
-        gap = verify(network.module, module, found.couplings, chosen, images)
+        gap = verify(network.module, module, found.couplings, chosen, images, sites=found.sites)
+        constants = kept_constants(chosen, found.sites, found.couplings)
+        module, folded = fold(module, found.example, constants)
         sites = find_sites(module, found.example)
         after = count_cost(module, network.header.preprocessing, sites)
     repaired = artifact.clone(module)
@@ -180,7 +221,7 @@ def apply_plan(
     refits: tuple[LayerRefit, ...] = ()
     started = time.perf_counter()
     if data is not None and repair != "none":
-        done, refits = _repair(
+        done, refits = repair_network(
             network,
             repaired,
             found,
@@ -199,6 +240,7 @@ def apply_plan(
             "macs": [found.cost.macs, after.macs],
             "params": [found.cost.params, after.params],
             "max_abs_diff_masked": gap,
+            "sites_folded": list(constants),
             "repair": done,
             "seed": seed,
         },
@@ -206,7 +248,8 @@ def apply_plan(
     header = replace(
         network.header,
         plan=chosen,
-        geometry={**network.header.geometry, **artifact.changed_geometry(network.module, module)},
+        geometry=artifact.merged_geometry(network, module),
+        folded={**network.header.folded, **folded},
         history=(*network.header.history, entry),
     )
     return Applied(
@@ -219,44 +262,6 @@ def apply_plan(
         repair_seconds=time.perf_counter() - started,
         refits=refits,
     )
-
-
-def _repair(
-    dense: Network,
-    module: nn.Module,
-    found: Structure,
-    chosen: Plan,
-    *,
-    mode: RepairMode,
-    subset: Split,
-    device: torch.device,
-    show: Reporter,
-) -> tuple[dict[str, Any], tuple[LayerRefit, ...]]:
-    """Repair a cut module in place; return what was done, for the history, and the layers' fits."""
-    preprocessing = dense.header.preprocessing
-    done: dict[str, Any] = {"images": len(subset)}
-    fits: tuple[LayerRefit, ...] = ()
-    if mode == "refit":
-        fitted = balanced_subset(subset, REFIT_IMAGES, 0)
-        with show.stage("repair: least squares", 2 * len(fitted)) as update:
-            fits = refit(
-                dense.module,
-                module,
-                found.couplings,
-                chosen,
-                split=fitted,
-                preprocessing=preprocessing,
-                device=device,
-                on_images=update,
-            )
-        dense.module.cpu()
-        done |= {"refit_images": len(fitted), "refit": [to_dict(fit) for fit in fits]}
-    with show.stage("repair: BN statistics", len(subset)) as update:
-        done["bn_recalibrated"] = recalibrate_bn(
-            module, subset, preprocessing, device=device, on_batch=update
-        )
-    module.cpu()
-    return done, fits
 
 
 def _proof_images(network: Network, data: DataSource | None, seed: int) -> torch.Tensor:

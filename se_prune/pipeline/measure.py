@@ -17,13 +17,17 @@ from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset, of_classes
 from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.gates.energies import ChannelEnergies, collect_energies
+from se_prune.gates.shift import logit_shifts
 from se_prune.gates.sites import discover, find_sites
 from se_prune.gates.statistics import Statistics, collect
+from se_prune.gates.summary import fold_constants
 from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone, Preprocessing
 from se_prune.zoo import registry
 
 #: Training images that scores and repair look at, unless told otherwise.
 MEASURED_IMAGES = 2048
+#: Those on which the logit shift of a constant gate is taken, which needs gradients.
+SHIFT_IMAGES = 256
 #: Images per pass; with fewer, summing what the gates do takes a larger share of the time.
 BATCH = 256
 
@@ -153,7 +157,7 @@ def analyze(
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Statistics:
-    """Measure gates on training images (all, or a balanced `images` of them) and channel energies on a subset.
+    """Measure gates on training images (all, or a balanced `images` of them); on a subset, channel energies and shifts.
 
     Raises:
         SurgeryError: The network has no gate sites.
@@ -175,6 +179,17 @@ def analyze(
             classes=data.classes,
             device=device,
             batch_size=BATCH,
+            on_batch=update,
+        )
+    part = balanced_subset(split, SHIFT_IMAGES, seed)
+    with (reporter or Silent()).stage("logit shift of constant gates", len(part)) as update:
+        statistics.shifts = logit_shifts(
+            network.module,
+            sites,
+            {name: fold_constants(sums) for name, sums in statistics.sums.items()},
+            part,
+            network.header.preprocessing,
+            device=device,
             on_batch=update,
         )
     statistics.energies = channel_energies(network, data, split, device=device, seed=seed, reporter=reporter)

@@ -22,6 +22,7 @@ from se_prune.evaluate import paired
 from se_prune.export import export, require_target
 from se_prune.export.onnx import onnx_runner
 from se_prune.files import make_folder, write_text
+from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
 from se_prune.layers import layer_costs
@@ -76,7 +77,8 @@ def run_recipe(
         SePruneError: Whatever a stage refuses; files of finished stages stay.
     """
     show = reporter or measure.Silent()
-    budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params)
+    folds = parse_request(recipe.apply.fold_gates, recipe.apply.fold_tolerance)
+    budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params, folds=folds is not None)
     widths = {"round_to": recipe.apply.round_to, "min_channels": recipe.apply.min_channels}
     check_ranges(budget, **widths)
     hidden = recipe.apply.hidden
@@ -84,15 +86,11 @@ def run_recipe(
     for name in recipe.export:
         require_target(name)
     target = choose_device(device)
-    data = open_data(recipe.data)
-    model = recipe.model
-    dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
-    if recipe.apply.classes:
-        dense, data = for_classes(dense, data, recipe.apply.classes)
+    dense, data = _opened(recipe)
     found = measure.structure(dense)
-    check_budget(
-        found.couplings, layer_costs(dense.module, found.cost.per_layer), budget, **widths, hidden=hidden
-    )
+    if folds is None:  # what is folded, and so what is left to cut, is known after the analysis
+        costs = layer_costs(dense.module, found.cost.per_layer)
+        check_budget(found.couplings, costs, budget, **widths, hidden=hidden)
     make_folder(folder)
     stages: list[StageResult] = []
 
@@ -118,6 +116,7 @@ def run_recipe(
         **widths,
         hidden=hidden,
         repair=recipe.apply.repair,
+        folds=folds,
         seed=recipe.seed,
         reporter=show,
     )
@@ -183,6 +182,13 @@ def run_recipe(
     files |= {"report": page, "markdown": markdown}
     files |= {item.target: Path(item.output) for item in exported}
     return RunOutcome(run=run, network=network, files=files)
+
+
+def _opened(recipe: RunRecipe) -> tuple[Network, DataSource]:
+    """Return the dense network and the data, for the classes that the recipe asks for."""
+    data, model = open_data(recipe.data), recipe.model
+    dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
+    return for_classes(dense, data, recipe.apply.classes) if recipe.apply.classes else (dense, data)
 
 
 def step_note(log: StepLog) -> str:

@@ -155,9 +155,11 @@ def _before_after(run: Run) -> Section:
             f"Latency: {'; '.join(conditions)}. The ratio is the median over rounds of dense / pruned, "
             "so it can differ a little from the ratio of the two medians."
         )
+    folded = run.plan.sites_folded
     paragraphs.append(
-        "Removing the channels changed no logit by more than "
-        f"{text.tiny(run.max_abs_diff_masked)} against the dense network with the same channels masked."
+        f"Removing the channels{f' and {folded} SE blocks' if folded else ''} changed no logit by more than "
+        f"{text.tiny(run.max_abs_diff_masked)} against the dense network with the same channels masked"
+        f"{' and those gates constant' if folded else ''}."
     )
     chosen = [tables.before_after(run), tables.layers(run)]
     return Section(
@@ -227,10 +229,16 @@ def _gates(run: Run, profile_chars: float | None) -> Section | None:
     paragraphs = []
     if run.sites:
         fold = sum(site.advice == "fold" for site in run.sites)
+        done = f", and {run.plan.sites_folded} were folded" if run.plan.sites else ""
         paragraphs.append(
-            f"The advice is to fold {fold} of {len(run.sites)} gate sites. Class specificity is the "
+            f"The advice is to fold {fold} of {len(run.sites)} gate sites{done}. Class specificity is the "
             "between-class share of the gate's variance; saturated is the share of gates above 0.95 or below 0.05; "
-            "fold loss is the share of recalibrated energy that the best constant gate misses."
+            "fold loss is the share of recalibrated energy that the best constant gate misses"
+            + (
+                "; logit shift is the share of the logits' energy by which they then move, to first order."
+                if any(site.logit_shift is not None for site in run.sites)
+                else "."
+            )
         )
     if run.profiles and chart is None:
         reason = "are drawn in the HTML report" if profile_chars is None else "are too large for this page"

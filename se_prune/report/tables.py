@@ -57,9 +57,12 @@ def _cost_rows(run: Run) -> list[tuple[str, ...]]:
         ("MACs in SE blocks, part of the above", before.macs_se, after.macs_se),
         ("learnable parameters", before.params, after.params),
     ]
+    gates = len(run.plan.sites)
+    left = gates - run.plan.sites_folded
+    folded = [("gate sites", text.count(gates), text.count(left), text.share(left, gates))] if gates else []
     rows = [(name, text.scaled(b), text.scaled(a), text.share(a, b)) for name, b, a in counts]
     sizes = text.file_size(run.bytes_before), text.file_size(run.bytes_after)
-    return [*rows, ("size on disk", *sizes, text.share(run.bytes_after, run.bytes_before))]
+    return [*rows, *folded, ("size on disk", *sizes, text.share(run.bytes_after, run.bytes_before))]
 
 
 def _accuracy_rows(run: Run) -> list[tuple[str, ...]]:
@@ -176,9 +179,14 @@ def layers(run: Run) -> Table | None:
 
 
 def sites(run: Run) -> Table | None:
-    """Return how alive each gate is, and what folding it would lose."""
+    """Return how alive each gate is, what folding it would lose, and, where the plan folds any, what was done."""
     if not run.sites:
         return None
+    done = {
+        site.name: site.note or "" if site.action == "keep" else f"folded {site.note}"
+        for site in run.plan.sites
+    }
+    moved = any(site.logit_shift is not None for site in run.sites)
     return Table(
         caption="Gate sites of the dense network",
         head=(
@@ -190,14 +198,20 @@ def sites(run: Run) -> Table | None:
             "class specificity",
             "saturated",
             "fold loss",
+            *(("logit shift",) if moved else ()),
             "advice",
+            *(("done",) if done else ()),
         ),
-        align="lrrrrrrrl",
-        rows=tuple(_site_row(site) for site in run.sites),
+        align=f"lrrrrrrr{'r' * moved}l{'l' * bool(done)}",
+        rows=tuple(
+            (*_site_row(site, moved=moved), *((done.get(site.name) or "kept",) if done else ()))
+            for site in run.sites
+        ),
     )
 
 
-def _site_row(site: SiteSummary) -> tuple[str, ...]:
+def _site_row(site: SiteSummary, *, moved: bool) -> tuple[str, ...]:
+    shift = text.MISSING if site.logit_shift is None else text.percent(site.logit_shift, 2)
     return (
         site.name,
         text.count(site.channels),
@@ -207,6 +221,7 @@ def _site_row(site: SiteSummary) -> tuple[str, ...]:
         text.percent(site.class_specificity),
         text.percent(site.saturated),
         text.percent(site.fold_loss, 2),
+        *((shift,) if moved else ()),
         site.advice,
     )
 
@@ -343,6 +358,8 @@ def _difference(run: Run) -> str:
 
 def budget(value: Budget) -> str:
     """Say what a plan had to meet."""
+    if value.kind == "sparsity" and value.value == 0:
+        return "no channel removed"
     if value.kind == "sparsity":
         return f"{text.percent(value.value)} of channels removed"
     return f"{text.percent(value.value)} of {'MACs' if value.kind == 'macs' else 'parameters'} kept"

@@ -1,4 +1,4 @@
-"""Surgery and its proof: the cut network equals its masked twin."""
+"""Surgery and its proof: the cut network equals its masked twin, with constants for the gates that are folded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import nn
 
 from se_prune import channels
 from se_prune.errors import SurgeryError
-from se_prune.records import Coupling, Plan
+from se_prune.gates.tap import constant_gates, tap
+from se_prune.records import Coupling, GateSite, Plan
+from se_prune.surgery.fold import fold, kept_constants, planned_constants
 
 #: Largest difference, relative to the largest output, that float64 rounding explains.
 TOLERANCE = 1e-9
@@ -62,32 +64,55 @@ def difference(first: nn.Module, second: nn.Module, images: torch.Tensor) -> flo
         second: Another with outputs of the same shape; left as it is.
         images: (N, C, H, W), any dtype.
     """
-    outputs = [
-        copy.deepcopy(network).cpu().double().eval()(images.detach().cpu().double())
-        for network in (first, second)
-    ]
+    outputs = [_outputs(_in_float64(network), images) for network in (first, second)]
     return float((outputs[0] - outputs[1]).abs().max())
 
 
+def _in_float64(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).cpu().double().eval()
+
+
+def _outputs(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = network(images.detach().cpu().double())
+    return result
+
+
+@torch.no_grad()
 def verify(
-    dense: nn.Module, cut_network: nn.Module, couplings: Sequence[Coupling], plan: Plan, images: torch.Tensor
+    dense: nn.Module,
+    cut_network: nn.Module,
+    couplings: Sequence[Coupling],
+    plan: Plan,
+    images: torch.Tensor,
+    *,
+    sites: Sequence[GateSite] = (),
 ) -> float:
-    """Compare a cut network (before repair) with its masked twin; return the largest difference.
+    """Compare a cut network, folded as the plan says, with its masked twin; return the largest difference.
+
+    Args:
+        dense: The network before the cut.
+        cut_network: The network after it, with its gates and before any repair; it is folded here, in float64.
+        couplings: The channel groups of `dense`.
+        plan: What was removed and what is folded.
+        images: (N, C, H, W), any dtype.
+        sites: The gate sites of `dense`; needed where the plan folds any.
 
     Raises:
-        SurgeryError: They differ by more than float64 rounding, the output is not finite, or the cut network
-            does not run.
+        SurgeryError: They differ by more than float64 rounding, the output is not finite, the cut network does not
+            run, or a gate cannot be folded.
     """
-    twin = masked(dense, couplings, plan)
+    twin, small = _in_float64(masked(dense, couplings, plan)), _in_float64(cut_network)
+    with tap(twin, sites, constant_gates(planned_constants(plan))):
+        expected = _outputs(twin, images)
     try:
-        gap = difference(twin, cut_network, images)
+        small, _ = fold(small, images.cpu(), kept_constants(plan, sites, couplings))
+        gap = float((expected - _outputs(small, images)).abs().max())
     except RuntimeError as error:
         raise SurgeryError(
             f"the cut network does not run ({str(error)[:200]}); nothing was written. Its channels are coupled in "
             "a way that torch-pruning does not follow; please report the architecture."
         ) from error
-    with torch.no_grad():
-        scale = float(copy.deepcopy(twin).cpu().double().eval()(images.cpu().double()).abs().max())
+    scale = float(expected.abs().max())
     if not gap <= TOLERANCE * scale:
         raise SurgeryError(
             f"the cut network differs from its masked twin by {gap:.2e} (outputs up to {scale:.2e}); nothing was "

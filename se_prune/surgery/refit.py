@@ -10,7 +10,7 @@ they run, each on inputs that those before it have already repaired; no labels a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,7 @@ def refit(
     preprocessing: Preprocessing,
     device: torch.device,
     batch_size: int = 128,
+    changed: Collection[str] = (),
     on_images: Callable[[int], None] | None = None,
 ) -> tuple[LayerRefit, ...]:
     """Re-fit, in place, every convolution and linear layer of `cut_network` whose inputs the plan removed.
@@ -103,6 +104,7 @@ def refit(
         preprocessing: How the network wants its images.
         device: Where to compute; both networks stay on it, in eval mode.
         batch_size: Images per pass of the dense network.
+        changed: Further layers that are re-fitted, since the plan changed their inputs.
         on_images: Called with the count of images that are done.
 
     Returns:
@@ -118,7 +120,8 @@ def refit(
         )
     kept = _kept_outputs(dense, couplings, plan)
     modules = dict(cut_network.named_modules())
-    targets = {name: kept[name] for name in _with_lost_inputs(couplings, plan) if has_rows(modules[name])}
+    wanted = sorted({*_with_lost_inputs(couplings, plan), *changed} & kept.keys() & modules.keys())
+    targets = {name: kept[name] for name in wanted if has_rows(modules[name])}
     dense.to(device).eval()
     cut_network.to(device).eval()
     batches = (images.to(device) for images, _ in split.batches(batch_size, preprocessing))
@@ -126,7 +129,7 @@ def refit(
     norms = {
         layer: modules[name]
         for layer, name in norms_after(trace(dense, images[:1])).items()
-        if isinstance(modules[name], NORM_TYPES) and modules[name].running_mean is not None
+        if isinstance(modules.get(name), NORM_TYPES) and modules[name].running_mean is not None
     }
     fits: list[LayerRefit] = []
     handles = [

@@ -131,6 +131,90 @@ def test_analyze(analysed):
     assert Path(analysed["output"]).is_file()
 
 
+def test_analyze_begins_with_how_alive_the_gates_are(analysed):
+    gates = analysed["gates"]
+    assert gates["state"] in {"alive", "mixed"}
+    assert gates["sites"] == len(gates["everything"]["sites"]) == 9
+    assert gates["everything"]["params"] == 8484  # 3·(16·4·2 + 20) + 3·(32·8·2 + 40) + 3·(64·16·2 + 80)
+    assert gates["everything"]["macs"] == 8064
+    assert gates["everything"]["operations"] == 54  # mean, two FCs, two activations, multiply
+    assert 0 < gates["advised"]["predicted_loss"] < 0.005 < gates["everything"]["predicted_loss"]
+    assert gates["refused"] == {}
+    code, out, _ = call(f"analyze {NET} --data data --images 50")
+    assert code == 0
+    assert re.match(r"9 gate sites, (\d of them )?alive: median standard deviation over images 0\.\d+", out)
+
+
+FOLD = f"apply {NET} --stats stats.safetensors --repair none"
+
+
+def test_folding_alone_needs_no_budget(analysed):
+    found = document(f"{FOLD} --fold-gates all -o folded.safetensors")
+    assert (found["sites_folded"], found["channels_removed"]) == (9, 0)
+    assert found["max_abs_diff_masked"] < 1e-9
+    assert found["before"]["params"] - found["after"]["params"] == 8484
+    assert found["before"]["macs"] - found["after"]["macs"] == 8064
+    assert (found["plan"]["params_after"], found["plan"]["macs_after"]) == (
+        found["after"]["params"],
+        found["after"]["macs"],
+    )
+    opened = document("inspect folded.safetensors")
+    assert opened["sites"] == []
+    assert not any(group["kind"] == "hidden" for group in opened["groups"])
+    assert document("evaluate folded.safetensors --data data")["top1"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [("2", 2), ("layer3.2.se,layer1.0.se", 2), ("auto", None), ("none", 0)]
+)
+def test_what_is_folded(analysed, given, count):
+    budget = "--sparsity 0.1" if given == "none" else ""
+    line = f"{FOLD} --criterion gate-energy {budget} --fold-gates {given} --dry-run"
+    found = document(line)
+    sites = found["plan"]["sites"]
+    folded = {site["name"] for site in sites if site["action"] == "fold"}
+    assert found["sites_folded"] == len(folded)
+    assert count is None or len(folded) == count
+    if given == "auto":
+        assert folded == set(analysed["gates"]["advised"]["sites"])
+    elif given == "2":
+        assert folded == {site["name"] for site in sorted(sites, key=lambda s: s["loss"])[:2]}
+    elif count:
+        assert folded == set(given.split(","))
+    assert all(len(s["constants"]) in {16, 32, 64} for s in sites if s["action"] == "fold")
+
+
+def test_cut_folded_and_repaired(analysed):
+    found = document(
+        f"apply {NET} --data data --stats stats.safetensors --macs 0.5 --fold-gates all -o both.safetensors"
+    )
+    assert found["sites_folded"] == 9
+    assert found["channels_removed"] > 0
+    assert found["max_abs_diff_masked"] < 1e-9
+    assert 0.49 < found["after"]["macs"] / found["before"]["macs"] <= 0.5
+    assert found["plan"]["macs_after"] == found["after"]["macs"]
+    assert found["plan"]["budget"] == {"kind": "macs", "value": 0.5}
+    assert {"fc", "layer3.2.conv1"} <= {fit["layer"] for fit in found["refit"]}
+    assert document("evaluate both.safetensors --data data")["top1"] > 0.7
+    header = read_header("both.safetensors")
+    assert set(header.folded) == {site.name for site in header.plan.sites}
+
+
+def test_what_is_folded_stays_folded(analysed):
+    document(f"{FOLD} --fold-gates 4 -o four.safetensors")
+    first = read_header("four.safetensors").folded
+    found = document(
+        "apply four.safetensors --sparsity 0.2 --criterion l2 --repair none -o again.safetensors"
+    )
+    assert (len(first), found["sites_folded"]) == (4, 0)
+    assert read_header("again.safetensors").folded == first
+    document("analyze again.safetensors --data data --images 50 -o again-stats.safetensors")
+    line = "apply again.safetensors --stats again-stats.safetensors --repair none -o whole.safetensors"
+    assert document(f"{line} --fold-gates all")["sites_folded"] == 5
+    assert len(read_header("whole.safetensors").folded) == 9
+    assert document("inspect whole.safetensors")["sites"] == []
+
+
 def test_apply(applied):
     keys = {"before", "after", "max_abs_diff_masked", "channels_removed", "sites_folded", "output"}
     assert keys <= set(applied)
@@ -317,6 +401,22 @@ BAD = {
     "no budget": (APPLY, "exactly one budget"),
     "no output": (f"apply {NET} --data data --macs 0.5", "--dry-run"),
     "no data to repair on": (f"apply {NET} --macs 0.5 -o x.safetensors", "--repair none"),
+    "gates and nothing to measure them on": (
+        f"apply {NET} --fold-gates all --repair none -o x.safetensors",
+        "--fold-gates measures the gates: add --data, or --stats",
+    ),
+    "more gates than there are": (
+        f"{APPLY} --stats stats.safetensors --fold-gates 10",
+        "asks for more sites than the 9",
+    ),
+    "unknown gate": (
+        f"{APPLY} --stats stats.safetensors --fold-gates layer1.0",
+        "no gate site 'layer1.0'; did you mean",
+    ),
+    "tolerance without auto": (
+        f"{APPLY} --fold-gates all --fold-tolerance 0.1",
+        "goes with --fold-gates auto",
+    ),
     "empty data": (f"evaluate {NET} --data empty", "empty"),
     "missing data": (f"evaluate {NET} --data nowhere", "nowhere"),
     "code in a pickle": ("inspect code.pth --arch zoo:se_resnet20", "code.pth is a pickle that calls"),

@@ -35,7 +35,8 @@ ORDER = (
     "scoring",
     "ledger",  # why no more channels leave
     "planning",
-    "surgery",  # cut and repair
+    "folding",  # which gates become constants
+    "surgery",  # cut, fold and repair
     "training",
     "evaluate",
     "report",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from se_prune.errors import UsageError
-from se_prune.recipe import BUNDLED, SOURCE, find_recipe, read_run, read_toml, train_settings
-from se_prune.records import TrainSettings
+from se_prune.recipe import BUNDLED, SOURCE, budget_of, find_recipe, read_run, read_toml, train_settings
+from se_prune.records import Budget, TrainSettings
 
 GOOD = """
 data = "fashion-mnist"
@@ -57,6 +57,8 @@ def test_a_good_recipe_and_its_defaults(written):
         ("lr = 0.01", "epochs = 0", "epochs must be at least 1 and finite, got 0"),
         ("lr = 0.01", 'optimizer = "adm"', "optimizer"),
         ('ref = "zoo:se_resnet20"', "", "ref"),
+        ("macs = 0.5", 'fold_gates = "none"', "exactly one budget"),
+        ("macs = 0.5", "fold_gates = true", "fold_gates takes .* got a truth value"),
         ("[apply]", "[apply", "is not TOML"),
     ],
 )
@@ -66,6 +68,16 @@ def test_what_is_refused(written, old, new, message):
         read_run(written(GOOD.replace(old, new)))
     assert "recipe.toml" in str(caught.value) or "budget" in str(caught.value)
     read_run(written(GOOD))
+
+
+def test_a_recipe_may_fold_gates_alone(written):
+    for value, read in (('"auto"', "auto"), ("2", 2), ('"a,b"', "a,b")):
+        apply = read_run(written(GOOD.replace("macs = 0.5", f"fold_gates = {value}"))).apply
+        assert (apply.fold_gates, apply.macs, apply.fold_tolerance) == (read, None, None)
+    assert budget_of(None, None, None, folds=True) == Budget(kind="sparsity", value=0.0)
+    assert budget_of(None, 0.5, None, folds=True) == Budget(kind="macs", value=0.5)
+    with pytest.raises(UsageError, match="exactly one budget"):
+        budget_of(0.5, 0.5, None, folds=True)
 
 
 def test_files_that_cannot_be_read(written, tmp_path):

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from se_prune import text
 from se_prune.errors import SePruneError, UsageError
-from se_prune.records import GateProfile, Run
+from se_prune.records import GateProfile, Run, SitePlan
 from se_prune.report import figures, html, load_run, markdown, sections, tables, write_report
 from se_prune.schema import from_json, to_json
 from tests.runs import CLASSES, N_IMAGES, SITES, cost, evaluation, make_run, profile
@@ -211,6 +211,30 @@ def test_what_is_not_recorded_has_no_section(missing, gone):
     titles = [SECTIONS[key] for key in gone]
     page = Page(html.render([poor]))
     assert not [title for title in titles if title in page.text or title in markdown.render([poor])]
+
+
+def test_what_was_folded_stands_in_the_site_table_and_in_the_costs(run, page):
+    assert "SE blocks changed no logit" not in page.text
+    assert "logit shift" not in page.text
+    plans = tuple(
+        SitePlan(name=name, action="fold" if i % 2 else "keep", loss=0.1, note="into bn2" if i % 2 else None)
+        for i, name in enumerate(SITES)
+    )
+    sites = tuple(dataclasses.replace(site, logit_shift=0.0123) for site in run.sites)
+    text = markdown.render(
+        [dataclasses.replace(run, plan=dataclasses.replace(run.plan, sites=plans), sites=sites)]
+    )
+    assert "Removing the channels and 2 SE blocks changed no logit" in text
+    assert "masked and those gates constant." in text
+    assert "The advice is to fold 1 of 4 gate sites, and 2 were folded." in text
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| layer")}
+    assert [("folded into bn2" in rows[name], "kept |" in rows[name]) for name in SITES] == [
+        (False, True),
+        (True, False),
+    ] * 2
+    assert all("1.23 %" in rows[name] for name in SITES)
+    (sites_row,) = [line for line in text.splitlines() if line.startswith("| gate sites")]
+    assert [cell.strip() for cell in sites_row.split("|")[1:-1]] == ["gate sites", "4", "2", "50.0 %"]
 
 
 def test_latency_appears_only_where_it_was_measured(page):

@@ -17,7 +17,14 @@ from se_prune.errors import CheckpointError, DataError
 from se_prune.gates.energies import collect_energies
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import BINS, HEADER_KEY, Collector, SiteSums, Statistics, collect
-from se_prune.gates.summary import fold_constants, fold_loss, liveness, profile, specificity, summarise
+from se_prune.gates.summary import (
+    cheapest_within,
+    fold_constants,
+    fold_loss,
+    profile,
+    specificity,
+    summarise,
+)
 from se_prune.records import GateSite
 from tests.nets import DEPTHWISE, RESIDUAL
 
@@ -436,24 +443,32 @@ def test_channels_without_any_energy_fold_to_their_mean_gate():
     assert fold_loss(nothing) == 0
 
 
-def test_liveness_says_how_many_gates_can_be_folded():
-    live = column(0.1, 0.9, 0.2, 0.8)
-    dead = column(0.5, 0.5001, 0.5, 0.5001)
-    labels = [0, 0, 1, 1]
-    rows = {name: summarise(made(gates, labels)) for name, gates in tables(live, dead).items()}
-    assert [row.advice for row in rows["mixed"]] == ["keep", "fold", "fold"]
-    assert liveness(rows["mixed"]).startswith("1 of 3 gates are alive (mean deviation over images 0.118")
-    assert liveness(rows["mixed"]).endswith("; 2 can be folded.")
-    assert liveness(rows["dead"]) == (
-        "All 2 gates are dead (mean deviation over images 0.000, mean class specificity 0.00): "
-        "fold them all, it costs nothing."
-    )
-    # (0.1, 0.9, 0.2, 0.8): mean 1/2, squared deviations 0.16, 0.16, 0.09, 0.09; both class means are 1/2.
-    assert liveness(rows["live"]) == (
-        "All 1 gates are alive (mean deviation over images 0.354, mean class specificity 0.00)."
-    )
-    assert liveness(()) == "This network has no gate sites."
+def test_sites_are_advised_to_be_folded_as_long_as_their_losses_add_up_to_little():
+    live, dead = column(0.1, 0.9, 0.2, 0.8), column(0.5, 0.5001, 0.5, 0.5001)
+    statistics = made([live, dead, dead], [0, 0, 1, 1])
+    assert [row.advice for row in summarise(statistics)] == ["keep", "fold", "fold"]
+    assert [row.logit_shift for row in summarise(statistics)] == [None] * 3
+    names = [site.name for site in statistics.sites]
+    # the shift of the logits, where it was measured, decides: 0.003 + 0.001 is below 0.005, with 0.0011 it is not
+    for last, advice in ((0.003, ["fold", "keep", "fold"]), (0.0051, ["fold", "keep", "keep"])):
+        statistics.shifts = dict(zip(names, (0.001, 0.0052, last), strict=True))
+        rows = summarise(statistics)
+        assert [row.advice for row in rows] == advice
+        assert [row.predicted_loss for row in rows] == [0.001, 0.0052, last]
+    assert cheapest_within({"a": 0.3, "b": 0.1, "c": 0.2}, 0.31) == ("b", "c")
+    assert cheapest_within({"a": 0.3, "b": 0.1, "c": 0.2}, 0.1) == ()
 
 
-def tables(live, dead):
-    return {"mixed": [live, dead, dead], "dead": [dead, dead], "live": [live]}
+def test_shifts_survive_the_file_and_belong_to_one_pass(tmp_path):
+    first, second = (made([column(0.1, 0.9, 0.2, 0.8)], [0, 0, 1, 1]) for _ in range(2))
+    first.shifts = second.shifts = {"site0": 0.25}
+    first.save(tmp_path / "s.safetensors")
+    assert Statistics.load(tmp_path / "s.safetensors").shifts == {"site0": 0.25}
+    assert first.merged(second).shifts is None  # the constants were those of one half
+    second.shifts = None
+    second.save(tmp_path / "s.safetensors")
+    assert Statistics.load(tmp_path / "s.safetensors").shifts is None
+    second.shifts = {"other": 0.25}
+    second.save(tmp_path / "s.safetensors")
+    with pytest.raises(CheckpointError, match="not a statistics file"):
+        Statistics.load(tmp_path / "s.safetensors")

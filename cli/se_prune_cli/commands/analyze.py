@@ -54,7 +54,8 @@ def command(
     from se_prune.device import choose_device
     from se_prune.errors import UsageError
     from se_prune.files import require_writable
-    from se_prune.gates.summary import liveness, summarise
+    from se_prune.folding import liveness
+    from se_prune.gates.summary import summarise
     from se_prune.schema import to_dict
 
     out = Output(as_json)
@@ -70,15 +71,18 @@ def command(
     statistics = pipeline.analyze(
         network, source, device=target, images=images, seed=seed, reporter=Progressed()
     )
-    summaries = summarise(statistics)
-    out.console.print(liveness(summaries), highlight=False)
+    summaries, outlook = summarise(statistics), pipeline.outlook(network, statistics)
+    out.console.print(liveness(outlook), highlight=False)
     out.table(f"gates on {statistics.n} training images", *site_rows(summaries))
+    for name, reason in outlook.refused.items():
+        out.say(f"{name} cannot be folded: {reason}")
     if output is not None:
         statistics.save(output)
         out.say(f"statistics: {output}")
     out.document(
         {
             "n": statistics.n,
+            "gates": to_dict(outlook),
             "sites": [to_dict(s) for s in summaries],
             "output": None if output is None else str(output),
         }

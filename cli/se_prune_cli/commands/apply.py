@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ from se_prune_cli.output import (
     model_options,
     preprocessing_line,
 )
-from se_prune_cli.tables import costs, plan_rows, refit_line
+from se_prune_cli.tables import costs, fold_rows, plan_rows, refit_line
 
 
 def command(
@@ -46,6 +47,17 @@ def command(
             help="Hidden units leave by their own scores, tied to the channels they gate, or are kept."
         ),
     ] = "tie",
+    fold_gates: Annotated[
+        str,
+        typer.Option(
+            help="Replace gates by constants: none, auto (those that cost next to nothing), all, how many, or names "
+            "with commas between. Needs no budget."
+        ),
+    ] = "none",
+    fold_tolerance: Annotated[
+        float | None,
+        typer.Option(help="auto: the predicted losses add up to less than this share of the logits' energy."),
+    ] = None,
     repair: Annotated[
         RepairMode,
         typer.Option(help="After the cut: least squares and BN statistics, BN statistics alone, or nothing."),
@@ -63,44 +75,41 @@ def command(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Remove the channels that matter least until the budget is met; the result is checked against its masked twin."""
+    """Remove the channels that matter least until the budget is met, and fold gates; it is checked against its twin."""
     from se_prune import artifact, pipeline
     from se_prune.checkpoint import open_model
     from se_prune.data import open_data
     from se_prune.device import choose_device
     from se_prune.errors import UsageError
     from se_prune.files import require_writable
+    from se_prune.folding import parse_request
     from se_prune.gates.statistics import Statistics
     from se_prune.recipe import budget_of
     from se_prune.schema import to_dict
     from se_prune.scoring.registry import find
 
-    out, show = Output(as_json), Progressed()
-    budget = budget_of(sparsity, macs, params)
+    out, show, folds = Output(as_json), Progressed(), parse_request(fold_gates, fold_tolerance)
+    budget = budget_of(sparsity, macs, params, folds=folds is not None)
     if output is None and not dry_run:
         raise UsageError(
             "give -o OUT.safetensors for the pruned network, or --dry-run to see the plan alone."
         )
-    needs = find(criterion).wants(repair)
+    if classes is not None and data is None:
+        raise UsageError("--classes takes its names from the data: add --data.")
+    cuts = folds is None or budget.kind != "sparsity" or budget.value > 0
+    needs = find(criterion).wants(repair) if cuts else frozenset()
     if output is not None and not dry_run:
         require_writable(output)
     target = choose_device(device)
     source = None if data is None else open_data(data)
-    if repair != "none" and source is None and not dry_run:
-        raise UsageError(
-            "the repair after the cut needs training images: add --data, or --repair none to leave it out."
-        )
     statistics = None if stats is None else Statistics.load(stats)
-    if source is None and (needs - {"energies"} or (needs and statistics is None)):
-        raise UsageError(
-            f"--criterion {criterion} measures images: add --data; "
-            "--criterion gate-energy does with --stats of `se-prune analyze`, l2 without either."
+    if source is None:
+        _require_no_images(
+            criterion, needs, repair=not dry_run and repair != "none", folds=folds is not None, stats=stats
         )
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     out.say(preprocessing_line(network.header.preprocessing))
-    if classes is not None:
-        if source is None:
-            raise UsageError("--classes takes its names from the data: add --data.")
+    if classes is not None and source is not None:
         network, source = pipeline.for_classes(network, source, class_names(classes))
     with show.stage("gate sites, groups and cost", None):
         found = pipeline.structure(network)
@@ -116,6 +125,7 @@ def command(
         min_channels=min_channels,
         hidden=hidden,
         repair=repair,
+        folds=folds,
         seed=seed,
         reporter=show,
     )
@@ -129,9 +139,15 @@ def command(
         seed=seed,
         reporter=show,
     )
-    out.table("channels", *plan_rows(plan))
+    if plan.groups:
+        out.table("channels", *plan_rows(plan))
+    if plan.sites:
+        out.table("gates", *fold_rows(plan.sites))
     out.table("cost of one image", *costs(applied.before, applied.after))
-    out.say(f"equals its masked twin: largest difference {applied.max_abs_diff_masked:.1e} in float64")
+    if folds is not None and not found.sites:
+        out.say("the network has no gate sites, so there is nothing to fold")
+    twin = "its masked twin" if not plan.sites_folded else "its masked twin with constant gates"
+    out.say(f"equals {twin}: largest difference {applied.max_abs_diff_masked:.1e} in float64")
     if applied.refits:
         out.say(refit_line(applied.refits))
     if not dry_run and output is not None:
@@ -144,8 +160,31 @@ def command(
             "max_abs_diff_masked": applied.max_abs_diff_masked,
             "refit": [to_dict(fit) for fit in applied.refits],
             "channels_removed": plan.channels_removed,
-            "sites_folded": 0,
+            "sites_folded": plan.sites_folded,
             "output": None if dry_run else str(output),
             "plan": to_dict(plan),
         }
     )
+
+
+def _require_no_images(
+    criterion: str, needs: Collection[str], *, repair: bool, folds: bool, stats: Path | None
+) -> None:
+    """Check that nothing has to be measured on images.
+
+    Raises:
+        UsageError: Something has; the message names the way out.
+    """
+    from se_prune.errors import UsageError
+
+    if repair:
+        raise UsageError(
+            "the repair after the cut needs training images: add --data, or --repair none to leave it out."
+        )
+    if set(needs) - {"energies"} or (needs and stats is None):
+        raise UsageError(
+            f"--criterion {criterion} measures images: add --data; "
+            "--criterion gate-energy does with --stats of `se-prune analyze`, l2 without either."
+        )
+    if folds and stats is None:
+        raise UsageError("--fold-gates measures the gates: add --data, or --stats of `se-prune analyze`.")

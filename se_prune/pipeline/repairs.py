@@ -1,0 +1,72 @@
+"""The repairs that follow a cut or a fold, in order, with their progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_prune.artifact import Network
+from se_prune.data.source import Split, balanced_subset
+from se_prune.gates.trace import trace
+from se_prune.pipeline.measure import Reporter, Structure
+from se_prune.records import LayerRefit, Plan, RepairMode
+from se_prune.schema import to_dict
+from se_prune.surgery.refit import refit
+from se_prune.surgery.repair import recalibrate_bn
+
+#: Images that least squares is fitted on; BN statistics take all that are measured.
+REFIT_IMAGES = 1024
+
+
+def repair_network(
+    dense: Network,
+    module: nn.Module,
+    found: Structure,
+    chosen: Plan,
+    *,
+    mode: RepairMode,
+    subset: Split,
+    device: torch.device,
+    show: Reporter,
+) -> tuple[dict[str, Any], tuple[LayerRefit, ...]]:
+    """Repair a cut module in place; return what was done, for the history, and the layers' fits."""
+    preprocessing = dense.header.preprocessing
+    done: dict[str, Any] = {"images": len(subset)}
+    fits: tuple[LayerRefit, ...] = ()
+    if mode == "refit":
+        fitted = balanced_subset(subset, REFIT_IMAGES, 0)
+        with show.stage("repair: least squares", 2 * len(fitted)) as update:
+            fits = refit(
+                dense.module,
+                module,
+                found.couplings,
+                chosen,
+                split=fitted,
+                preprocessing=preprocessing,
+                device=device,
+                changed=layers_after_folds(dense.module, found, chosen),
+                on_images=update,
+            )
+        dense.module.cpu()
+        done |= {"refit_images": len(fitted), "refit": [to_dict(fit) for fit in fits]}
+    with show.stage("repair: BN statistics", len(subset)) as update:
+        done["bn_recalibrated"] = recalibrate_bn(
+            module, subset, preprocessing, device=device, on_batch=update
+        )
+    module.cpu()
+    return done, fits
+
+
+def layers_after_folds(dense: nn.Module, found: Structure, chosen: Plan) -> list[str]:
+    """Return the layers that run after the first gate which a plan folds: those whose inputs that changes."""
+    names = {site.name for site in chosen.sites if site.action == "fold"}
+    multiplies = {(site.owner, site.call, site.multiply) for site in found.sites if site.name in names}
+    layers: dict[str, None] = {}
+    started = False
+    for node in trace(dense, found.example).nodes if multiplies else ():
+        here = (node.module, node.call, node.multiply)
+        started = started or (node.multiply is not None and here in multiplies)
+        layers |= dict.fromkeys(node.layers if started else ())
+    return list(layers)
