@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-STUDIES = ("bundled", "without_se", "twin", "overhead", "scores", "criteria")
+STUDIES = ("bundled", "without_se", "twin", "overhead", "folding", "scores", "criteria")
 
 
 def main() -> None:
