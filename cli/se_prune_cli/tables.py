@@ -59,7 +59,10 @@ def fold_rows(sites: Sequence[SitePlan]) -> Table:
 
 
 def site_rows(sites: Sequence[SiteSummary]) -> Table:
-    """Return the site table of `analyze`; `std` is over images, `specificity` the between-class share of it."""
+    """Return the site table of `analyze`; `std` is over images, `specificity` the between-class share of it.
+
+    The logit shift is what folding the site is predicted to cost; the JSON has the energy that it loses as well.
+    """
     head = [
         "gate site",
         "channels",
@@ -79,7 +82,6 @@ def site_rows(sites: Sequence[SiteSummary]) -> Table:
             f"{s.std_images:.3f}",
             f"{s.class_specificity:.2f}",
             text.percent(s.saturated),
-            text.percent(s.fold_loss),
             text.MISSING if s.logit_shift is None else text.percent(s.logit_shift, 2),
             s.advice,
         ]

@@ -13,6 +13,7 @@ STUDIES = (
     "scores",
     "classes",
     "surgery",
+    "folding",
     "criteria",
     "discovery",
 )

@@ -50,13 +50,16 @@ def command(
     fold_gates: Annotated[
         str,
         typer.Option(
-            help="Replace gates by constants: none, auto (those that cost next to nothing), all, how many, or names "
+            help="Replace gates by constants: none, auto (the cheapest), all, how many, or names "
             "with commas between. Needs no budget."
         ),
     ] = "none",
     fold_tolerance: Annotated[
         float | None,
-        typer.Option(help="auto: the predicted losses add up to less than this share of the logits' energy."),
+        typer.Option(
+            help="auto folds while the predicted losses add up to less than this share of the logits' energy; "
+            "0.005 without."
+        ),
     ] = None,
     repair: Annotated[
         RepairMode,
