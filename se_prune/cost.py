@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from se_prune.errors import SePruneError, UsageError
-from se_prune.records import Cost, GateSite, Latency, Preprocessing
+from se_prune.records import Cost, GateSite, Preprocessing
+from se_prune.results import Latency
 
 #: fvcore's handle: the inputs and outputs of a traced operation (`torch._C.Value`) to counts by name.
 Handle = Callable[[Sequence[Any], Sequence[Any]], Counter[str]]

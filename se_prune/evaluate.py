@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from se_prune.errors import DataError
-from se_prune.records import Evaluation, PairedTest, Preprocessing
+from se_prune.records import Preprocessing
+from se_prune.results import Evaluation, PairedTest
 
 if TYPE_CHECKING:
     from se_prune.data import Split

@@ -11,18 +11,12 @@ from se_prune.records import (
     ArchSpec,
     Budget,
     Cost,
-    Evaluation,
-    Exported,
-    GateProfile,
     GroupKind,
     GroupPlan,
-    Latency,
-    PairedTest,
     Plan,
-    Run,
     SiteSummary,
-    StageResult,
 )
+from se_prune.results import Evaluation, Exported, GateProfile, Latency, PairedTest, Run, StageResult
 
 CLASSES = (
     "T-shirt/top",

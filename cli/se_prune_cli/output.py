@@ -81,6 +81,7 @@ class Output:
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
         for row in rows:
+            assert len(row) == len(columns), (title, row)
             table.add_row(*row)
         self.console.print(table)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from se_prune import text
 
 if TYPE_CHECKING:
-    from se_prune.records import Cost, Evaluation, LayerRefit, Plan, SitePlan, SiteSummary
+    from se_prune.records import Cost, LayerRefit, Plan, SitePlan, SiteSummary
+    from se_prune.results import Evaluation
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -59,21 +60,11 @@ def fold_rows(sites: Sequence[SitePlan]) -> Table:
 
 
 def site_rows(sites: Sequence[SiteSummary]) -> Table:
-    """Return the site table of `analyze`; `std` is over images, `specificity` the between-class share of it.
+    """Return the site table of `analyze`; `std` is over images, `specific` the between-class share of it.
 
     The logit shift is what folding the site is predicted to cost; the JSON has the energy that it loses as well.
     """
-    head = [
-        "gate site",
-        "channels",
-        "mean",
-        "std",
-        "specificity",
-        "saturated",
-        "fold loss",
-        "logits",
-        "advice",
-    ]
+    head = ["gate site", "channels", "mean", "std", "specific", "saturated", "logit shift", "advice"]
     return head, [
         [
             s.name,

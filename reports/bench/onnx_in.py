@@ -29,7 +29,8 @@ from se_prune.evaluate import evaluate
 from se_prune.export import export
 from se_prune.pipeline import analyze, apply_plan, plan, structure
 from se_prune.pipeline.run import real_images
-from se_prune.records import Budget, Exported
+from se_prune.records import Budget
+from se_prune.results import Exported
 from se_prune.surgery.refit import refit
 from se_prune.surgery.repair import recalibrate_bn
 

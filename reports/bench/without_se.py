@@ -15,7 +15,7 @@ from se_prune.data import open_data
 from se_prune.device import choose_device
 from se_prune.evaluate import paired
 from se_prune.pipeline import assess
-from se_prune.records import Evaluation
+from se_prune.results import Evaluation
 
 TRAINED = Path("runs/without-se")
 

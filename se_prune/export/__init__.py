@@ -10,7 +10,7 @@ import torch
 
 from se_prune.errors import DataError, UsageError, nearest
 from se_prune.export.onnx import export_onnx
-from se_prune.records import Exported
+from se_prune.results import Exported
 
 if TYPE_CHECKING:
     from se_prune.artifact import Network

@@ -24,7 +24,8 @@ import torch
 
 from se_prune.errors import SePruneError
 from se_prune.files import whole_file
-from se_prune.records import ArtifactHeader, Exported
+from se_prune.records import ArtifactHeader
+from se_prune.results import Exported
 from se_prune.schema import to_dict, to_json
 from se_prune.zoo.registry import shown
 from se_prune.zoo.steps import WithFinal, final_of

@@ -41,8 +41,8 @@ def for_classes(network: Network, data: DataSource, names: Sequence[str]) -> tup
     unknown = [name for name in names if name not in by_name and name.casefold() not in by_name]
     if unknown:
         raise UsageError(
-            f"{data.ref} has no class '{unknown[0]}'{nearest(unknown[0], data.classes)} (it has: "
-            f"{', '.join(data.classes[:20])}{' …' if len(data.classes) > 20 else ''})."
+            f"{data.ref} has no class '{unknown[0]}'{nearest(unknown[0], data.classes)}; it has: "
+            f"{', '.join(data.classes[:20])}{' …' if len(data.classes) > 20 else ''}."
         )
     kept = sorted({by_name.get(name, by_name.get(name.casefold(), -1)) for name in names})
     if len(kept) < 2:

@@ -24,7 +24,16 @@ from se_prune.pipeline.measure import (
     require_statistics,
 )
 from se_prune.planning import check_budget
-from se_prune.records import Budget, Coupling, GateSite, HiddenPolicy, LayerCost, LayerSlice, Plan, SitePlan
+from se_prune.records import (
+    Budget,
+    Coupling,
+    GateSite,
+    HiddenPolicy,
+    LayerCost,
+    LayerSlice,
+    Plan,
+    SitePlan,
+)
 from se_prune.surgery.fold import Way, find_ways
 
 

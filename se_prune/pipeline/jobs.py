@@ -52,7 +52,6 @@ from se_prune.records import (
     ArtifactHeader,
     Budget,
     Cost,
-    Evaluation,
     GateSite,
     HiddenPolicy,
     HistoryEntry,
@@ -62,6 +61,7 @@ from se_prune.records import (
     SitePlan,
     TrainSettings,
 )
+from se_prune.results import Evaluation
 from se_prune.schema import to_dict
 from se_prune.scoring import Evidence, score
 from se_prune.scoring.registry import find

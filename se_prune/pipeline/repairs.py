@@ -13,8 +13,8 @@ from se_prune.gates.trace import trace
 from se_prune.pipeline.measure import Reporter, Structure
 from se_prune.records import LayerRefit, Plan, RepairMode
 from se_prune.schema import to_dict
-from se_prune.surgery.refit import refit
-from se_prune.surgery.repair import recalibrate_bn
+from se_prune.surgery.refit import HELD_OUT, refit
+from se_prune.surgery.repair import recalibrate_bn, recalibrate_where_nearer
 
 #: Images that least squares is fitted on; BN statistics take all that are measured.
 REFIT_IMAGES = 1024
@@ -34,29 +34,46 @@ def repair_network(
     """Repair a cut module in place; return what was done, for the history, and the layers' fits."""
     preprocessing = dense.header.preprocessing
     done: dict[str, Any] = {"images": len(subset)}
-    fits: tuple[LayerRefit, ...] = ()
-    if mode == "refit":
-        fitted = balanced_subset(subset, REFIT_IMAGES, 0)
-        with show.stage("repair: least squares", 2 * len(fitted)) as update:
-            fits = refit(
-                dense.module,
-                module,
-                found.couplings,
-                chosen,
-                split=fitted,
-                preprocessing=preprocessing,
-                device=device,
-                changed=layers_after_folds(dense.module, found, chosen),
-                on_images=update,
+    if mode == "bn":
+        with show.stage("repair: BN statistics", len(subset)) as update:
+            done["bn_recalibrated"] = recalibrate_bn(
+                module, subset, preprocessing, device=device, on_batch=update
             )
-        dense.module.cpu()
-        done |= {"refit_images": len(fitted), "refit": [to_dict(fit) for fit in fits]}
-    with show.stage("repair: BN statistics", len(subset)) as update:
-        done["bn_recalibrated"] = recalibrate_bn(
-            module, subset, preprocessing, device=device, on_batch=update
+        module.cpu()
+        return done, ()
+    fitted = balanced_subset(subset, REFIT_IMAGES, 0)
+    with show.stage("repair: least squares", 2 * len(fitted)) as update:
+        fits = refit(
+            dense.module,
+            module,
+            found.couplings,
+            chosen,
+            split=fitted,
+            preprocessing=preprocessing,
+            device=device,
+            changed=layers_after_folds(dense.module, found, chosen),
+            on_images=update,
         )
+    with show.stage("repair: BN statistics", len(subset)) as update:
+        count, before, after = recalibrate_where_nearer(
+            dense.module,
+            module,
+            subset,
+            fitted.take(
+                torch.arange(HELD_OUT - 1, len(fitted), HELD_OUT)
+            ),  # least squares has not seen these
+            preprocessing,
+            device=device,
+            on_batch=update,
+        )
+    dense.module.cpu()
     module.cpu()
-    return done, fits
+    return done | {
+        "refit_images": len(fitted),
+        "refit": [to_dict(fit) for fit in fits],
+        "bn_recalibrated": count,
+        "divergence": [before, after],
+    }, fits
 
 
 def layers_after_folds(dense: nn.Module, found: Structure, chosen: Plan) -> list[str]:

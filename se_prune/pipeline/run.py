@@ -30,8 +30,8 @@ from se_prune.pipeline import jobs, measure
 from se_prune.pipeline.classes import for_classes
 from se_prune.planning import check_budget, check_ranges
 from se_prune.recipe import RunRecipe, budget_of
-from se_prune.records import Evaluation, Exported, Latency, Run, StageResult
 from se_prune.report import write_report
+from se_prune.results import Evaluation, Exported, Latency, Run, StageResult
 from se_prune.schema import to_json
 from se_prune.scoring.registry import find
 from se_prune.training.loop import StepLog

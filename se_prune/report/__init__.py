@@ -8,8 +8,8 @@ from pathlib import Path
 
 from se_prune.errors import SePruneError, UsageError
 from se_prune.files import write_text
-from se_prune.records import Run
 from se_prune.report import html, markdown
+from se_prune.results import Run
 from se_prune.schema import from_json, to_json
 
 __all__ = ["load_run", "write_report"]

@@ -17,8 +17,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from se_prune import text
-from se_prune.records import Evaluation, GateProfile, GroupPlan, Run
+from se_prune.records import GroupPlan
 from se_prune.report.tables import class_changes, kept_channels
+from se_prune.results import Evaluation, GateProfile, Run
 
 Spec = dict[str, Any]
 

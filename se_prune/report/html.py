@@ -10,9 +10,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from se_prune.errors import SePruneError
-from se_prune.records import Run
 from se_prune.report import sections
 from se_prune.report.sections import Section, Tile
+from se_prune.results import Run
 
 MAX_BYTES = 6_000_000
 #: What one run takes of the page without its gate profiles, amply; and the page itself.

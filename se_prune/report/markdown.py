@@ -6,11 +6,11 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 
-from se_prune.records import Run
 from se_prune.report import sections
 from se_prune.report.html import page_title
 from se_prune.report.sections import Section
 from se_prune.report.tables import Table
+from se_prune.results import Run
 
 #: Characters that mean something to Markdown or HTML anywhere in a line.
 SPECIAL = re.compile(r"([\\`*\[\]|<>~])")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from se_prune import text
-from se_prune.records import GateProfile, Run
 from se_prune.report import figures, tables
 from se_prune.report.figures import Key, Spec
 from se_prune.report.tables import Table
+from se_prune.results import GateProfile, Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from se_prune import text
-from se_prune.records import Budget, Evaluation, Exported, GroupPlan, Latency, Run, SiteSummary
+from se_prune.records import Budget, GroupPlan, SiteSummary
+from se_prune.results import Evaluation, Exported, Latency, Run
 
 #: Rows of the per-class table; with more classes than this it shows both ends.
 CLASS_ROWS = 60

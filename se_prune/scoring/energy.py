@@ -28,7 +28,11 @@ from se_prune.scoring.signal import Signal, describe
 )
 def gate_energy(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
     """Score channels by the recalibrated energy that their consumers lose."""
-    signal = describe(evidence)
+    return energy_scores(describe(evidence), wanted)
+
+
+def energy_scores(signal: Signal, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
+    """Return the scores of `gate-energy`."""
     scores = {}
     for coupling in wanted:
         total = torch.zeros(coupling.group.channels, dtype=torch.float64)

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from se_prune.records import Coupling
-from se_prune.scoring.energy import gate_energy
-from se_prune.scoring.obs import gate_obs
+from se_prune.scoring.energy import energy_scores
+from se_prune.scoring.obs import obs_scores
 from se_prune.scoring.registry import Evidence, criterion
+from se_prune.scoring.signal import describe
 
 
 @criterion(
@@ -25,10 +26,11 @@ from se_prune.scoring.registry import Evidence, criterion
 )
 def excitation(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
     """Score channels by the share of the recalibrated signal that is lost with them after repair."""
-    energy = gate_energy(evidence, wanted)
+    signal = describe(evidence)
+    energy = energy_scores(signal, wanted)
     if evidence.repair != "refit":
         return energy
-    residual = gate_obs(evidence, wanted)
+    residual = obs_scores(evidence, signal, wanted)
     return {
         name: tuple((max(a, 0.0) * b) ** 0.5 for a, b in zip(residual[name], values, strict=True))
         for name, values in energy.items()

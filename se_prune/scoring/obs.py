@@ -69,7 +69,13 @@ class _Consumer:
 )
 def gate_obs(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[float, ...]]:
     """Score channels by what their consumers lose after the best re-fit without them."""
-    signal = describe(evidence)
+    return obs_scores(evidence, describe(evidence), wanted)
+
+
+def obs_scores(
+    evidence: Evidence, signal: Signal, wanted: Sequence[Coupling]
+) -> dict[str, tuple[float, ...]]:
+    """Return the scores of `gate-obs`."""
     grams = _grams(evidence, signal, wanted)
     return {c.group.name: _scores(c, signal, grams) for c in wanted}
 

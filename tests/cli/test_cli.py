@@ -411,7 +411,7 @@ BAD = {
     ),
     "unknown gate": (
         f"{APPLY} --stats stats.safetensors --fold-gates layer1.0",
-        "no gate site 'layer1.0'; did you mean",
+        "no gate site 'layer1.0' (did you mean",
     ),
     "tolerance without auto": (
         f"{APPLY} --fold-gates all --fold-tolerance 0.1",

@@ -25,7 +25,15 @@ from se_prune.files import whole_file
 from se_prune.gates.sites import find_sites
 from se_prune.layers import layer_costs
 from se_prune.planning import make_plan
-from se_prune.records import ArchSpec, ArtifactHeader, Budget, Geometry, HistoryEntry, Preprocessing, Scores
+from se_prune.records import (
+    ArchSpec,
+    ArtifactHeader,
+    Budget,
+    Geometry,
+    HistoryEntry,
+    Preprocessing,
+    Scores,
+)
 from se_prune.schema import to_dict
 from se_prune.surgery.cut import cut
 from se_prune.zoo import registry
@@ -431,7 +439,7 @@ def test_sizes_of_a_layer_that_only_has_a_scale(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plann": None}, r"plann: Unexpected keyword argument; did you mean 'plan'\?"),
+        ({"plann": None}, r"plann: Unexpected keyword argument \(did you mean 'plan'\?\)"),
         ({"schema_version": 2}, "schema_version: Input should be 1"),
         ({"arch": None}, "arch: Input should be"),
         ({"arch": {"ref": "zoo:se_resnet20", "kwargs": {"depth": [20]}}}, "arch.kwargs.depth"),

@@ -253,7 +253,7 @@ def test_the_networks_own_forward_is_refused():
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
-        ({"blocks.0.s": torch.ones(4)}, r"no gate site 'blocks\.0\.s'; did you mean 'blocks\.0\.se'"),
+        ({"blocks.0.s": torch.ones(4)}, r"no gate site 'blocks\.0\.s' \(did you mean 'blocks\.0\.se'"),
         ({"blocks.0.se": torch.ones(5)}, r"has 4 channels, got constants of shape \(5,\)"),
         ({"blocks.0.se": torch.tensor([1.0, -0.1, 1, 1])}, "at least 0"),
         ({"blocks.0.se": torch.tensor([1.0, torch.nan, 1, 1])}, "at least 0"),

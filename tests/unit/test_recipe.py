@@ -94,7 +94,7 @@ def test_recipes_are_found_by_path_and_by_name(written, tmp_path):
     path = written(GOOD)
     assert find_recipe(path) == path
     assert find_recipe("demo").name == find_recipe("demo.toml").name == "demo.toml"
-    with pytest.raises(UsageError, match=r"no recipe demmo; did you mean 'demo'\?.*one of: .*demo"):
+    with pytest.raises(UsageError, match=r"no recipe demmo \(did you mean 'demo'\?\).*one of: .*demo"):
         find_recipe("demmo")
     with pytest.raises(UsageError, match="no recipe"):
         find_recipe(tmp_path / "demo.toml")  # a path is not a name

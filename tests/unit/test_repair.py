@@ -1,5 +1,7 @@
 """Repair: BN statistics re-estimated on images, by hand."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from se_prune.data.batches import TensorImages
 from se_prune.errors import DataError
 from se_prune.records import Preprocessing
-from se_prune.surgery.repair import recalibrate_bn
+from se_prune.surgery.repair import divergence, recalibrate_bn, recalibrate_where_nearer
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(input_size=(2, 5, 5), mean=(0.5, 0.4), std=(0.25, 0.5))
@@ -177,3 +179,72 @@ def test_too_few_images_are_refused_before_anything_is_lost(n, batch_size):
     assert torch.equal(model.bn1.running_mean, torch.full((3,), 7.0))
     recalibrate(model, 2)
     assert not torch.equal(model.bn1.running_mean, torch.full((3,), 7.0))
+
+
+# Kept only where the outputs come nearer.
+
+
+def calibrated():
+    """Return a network whose BN statistics are those of the images, with outputs that differ between them."""
+    model = Small().eval()
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.7
+    recalibrate_bn(model, images(60), PREPROCESSING, device=CPU)
+    return model
+
+
+def nearer(dense, model):
+    images_seen = []
+    result = recalibrate_where_nearer(
+        dense, model, images(60), images(15), PREPROCESSING, device=CPU, on_batch=images_seen.append
+    )
+    assert sum(images_seen) == 60
+    return result
+
+
+def test_statistics_are_kept_where_the_outputs_come_nearer():
+    dense = calibrated()
+    model = copy.deepcopy(dense)
+    for norm in norms(model).values():
+        norm.running_mean.add_(0.5)
+    count, before, after = nearer(dense, model)
+    assert count == 3
+    assert after < 1e-6 < before
+    assert torch.allclose(model.bn1.running_mean, dense.bn1.running_mean)
+
+
+def test_statistics_are_taken_back_bit_for_bit_where_they_do_not():
+    dense = calibrated()
+    for norm in norms(dense).values():  # as if it had been trained on other images
+        norm.running_var.mul_(4)
+    model = copy.deepcopy(dense)
+    model.fc.weight.data.mul_(1.01)
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    count, before, after = nearer(dense, model)
+    assert count == 0
+    assert before < after
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    recalibrate_bn(model, images(60), PREPROCESSING, device=CPU)  # the control: asked for, they are set
+    assert not torch.equal(model.bn1.running_var, wanted["bn1.running_var"])
+
+
+def test_a_network_without_bn_has_nothing_to_recalibrate():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 2))
+    assert recalibrate_where_nearer(model, model, images(4), images(2), PREPROCESSING, device=CPU) == (
+        0,
+        0.0,
+        0.0,
+    )
+
+
+@torch.no_grad()
+def test_divergence_is_the_mean_kl_divergence():
+    dense, model = calibrated(), calibrated()
+    model.fc.bias.data.add_(torch.tensor([0.5, -0.5]))
+    ((x, _),) = images(9).batches(9, PREPROCESSING)
+    p, q = dense(x).softmax(1), model(x).softmax(1)
+    by_hand = float((p * (p / q).log()).sum(1).mean())
+    assert divergence(dense, model, images(9), PREPROCESSING, device=CPU) == pytest.approx(by_hand, rel=1e-4)
+    assert by_hand > 1e-3
+    assert divergence(dense, dense, images(9), PREPROCESSING, device=CPU) == pytest.approx(0, abs=1e-6)

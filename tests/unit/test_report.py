@@ -14,8 +14,9 @@ from plotly.offline import get_plotlyjs
 
 from se_prune import text
 from se_prune.errors import SePruneError, UsageError
-from se_prune.records import GateProfile, Run, SitePlan
+from se_prune.records import SitePlan
 from se_prune.report import figures, html, load_run, markdown, sections, tables, write_report
+from se_prune.results import GateProfile, Run
 from se_prune.schema import from_json, to_json
 from tests.runs import CLASSES, N_IMAGES, SITES, cost, evaluation, make_run, profile
 

@@ -346,7 +346,7 @@ def test_an_unknown_criterion_names_the_nearest_and_all(word, meant):
     have = measured(RESIDUAL)
     for ask in (lambda: find(word), lambda: score(word, have)):
         with pytest.raises(
-            UsageError, match=f"no criterion is called '{word}'; did you mean '{meant}'"
+            UsageError, match=rf"no criterion is called '{word}' \(did you mean '{meant}'\?\)"
         ) as error:
             ask()
         assert all(name in str(error.value) for name in NAMES)

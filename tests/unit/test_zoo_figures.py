@@ -52,7 +52,7 @@ DEVIATIONS = {
     "inception_resnet_v2": 0.120, "se_inception_resnet_v2": 0.120,
     "shufflenet_g3": -0.018, "se_shufflenet_g3": -0.028,
 }  # fmt: skip
-SE_CLASSES = {"SEBlock", "SEModule"}
+SE_CLASSES = {"SEBlock", "SEModule", "LinearSE"}
 
 counted = functools.cache(lambda name: outline(f"zoo:{name}"))
 
@@ -171,7 +171,8 @@ def test_a_site_for_every_se_block(name):
     blocks = len(gates(shapes(name)))
     assert counted(name).sites == blocks
     assert (counted(name).macs_se > 0) == (blocks > 0)
-    assert (blocks > 0) == ((name.startswith("se_") or name == "senet154") and ZOO[name][1].get("se", True))
+    named = name.startswith(("se_", "moskomule_se_")) or name == "senet154"
+    assert (blocks > 0) == (named and ZOO[name][1].get("se", True))
 
 
 CHECKED = [

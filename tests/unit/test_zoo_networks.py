@@ -125,7 +125,7 @@ def test_sizes_that_cannot_be_are_refused(name, option, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "pots"}, r"placement takes standard, .*, got 'pots'; did you mean 'post'\?\.$"),
+        ({"placement": "pots"}, r"placement takes standard, .*, got 'pots' \(did you mean 'post'\?\)\.$"),
         ({"depth": 51}, r"depth takes 50, 101, 152, got 51"),
         ({"form": "wide"}, r"form takes resnet, resnext, senet, got 'wide'"),
         ({"ratio": 4}, r"cannot build zoo:se_resnet50 with .*ratio"),

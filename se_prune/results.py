@@ -1,0 +1,123 @@
+"""What a run results in: accuracy, latency, exports, and the record that a report shows."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, ClassVar, Literal
+
+from se_prune.records import ArchSpec, Cost, Plan, SiteSummary
+from se_prune.schema import FORBID_EXTRA, SCHEMA_VERSION, record
+
+
+@record
+class Evaluation:
+    """Accuracy on `n` images: fractions, the 95 % Wilson interval of top-1, mean cross-entropy.
+
+    `predictions` holds the top-1 class per image in the split's order, for paired tests.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    n: int
+    top1: float
+    top5: float
+    top1_ci95: tuple[float, float]
+    loss: float
+    per_class: dict[str, float] = field(default_factory=dict)
+    predictions: tuple[int, ...] = ()
+
+
+@record
+class PairedTest:
+    """Exact McNemar test of two networks on the same images; `p_value` is two-sided."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    top1_difference: float
+    only_first_right: int
+    only_second_right: int
+    p_value: float
+
+
+@record
+class Latency:
+    """Milliseconds per batch from interleaved runs: `median_ms` and the 10th and 90th percentiles.
+
+    `ratio` is the median over rounds of (first network / this network): above 1 is faster than the first.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    runtime: str
+    device: str
+    threads: int
+    batch_size: int
+    rounds: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    ratio: float
+
+
+@record
+class GateProfile:
+    """The gate of one site by channel: the all-class mean and spread, and the mean per class (Figure 5)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    site: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    per_class: dict[str, tuple[float, ...]]
+
+
+@record
+class StageResult:
+    """Accuracy after one stage of a run: dense, cut, repaired, fine-tuned; `seconds` the stage took."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    stage: Literal["dense", "cut", "repaired", "fine-tuned"]
+    evaluation: Evaluation
+    seconds: float
+
+
+@record
+class Exported:
+    """An exported file, checked against the torch network on real images; `max_abs_diff` of the logits.
+
+    `top1_agreement` is the share of the checked images with the same top-1 class; `latency_ms` the median
+    at batch 1.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    target: str
+    output: str
+    bytes: int
+    max_abs_diff: float
+    top1_agreement: float
+    images_checked: int
+    latency_ms: float
+
+
+@record
+class Run:
+    """All that a report shows of one compression run; nothing in it is computed by the report."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    command: str
+    arch: ArchSpec
+    data: str
+    classes: tuple[str, ...]
+    seed: int
+    environment: dict[str, str]
+    plan: Plan
+    cost_before: Cost
+    cost_after: Cost
+    bytes_before: int
+    bytes_after: int
+    max_abs_diff_masked: float
+    stages: tuple[StageResult, ...]
+    paired: PairedTest | None = None
+    latency: tuple[Latency, Latency] | None = None
+    sites: tuple[SiteSummary, ...] = ()
+    profiles: tuple[GateProfile, ...] = ()
+    exported: tuple[Exported, ...] = ()
