@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,9 @@ from se_prune_cli.output import (
     preprocessing_line,
 )
 from se_prune_cli.tables import costs, fold_rows, plan_rows, refit_line
+
+if TYPE_CHECKING:
+    from se_prune.pipeline import Applied
 
 
 def command(
@@ -87,12 +90,14 @@ def command(
     from se_prune.files import require_writable
     from se_prune.folding import parse_request
     from se_prune.gates.statistics import Statistics
+    from se_prune.planning import check_ranges
     from se_prune.recipe import budget_of
     from se_prune.schema import to_dict
     from se_prune.scoring.registry import find
 
     out, show, folds = Output(as_json), Progressed(), parse_request(fold_gates, fold_tolerance)
     budget = budget_of(sparsity, macs, params, folds=folds is not None)
+    check_ranges(budget, round_to, min_channels)
     if output is None and not dry_run:
         raise UsageError(
             "give -o OUT.safetensors for the pruned network, or --dry-run to see the plan alone."
@@ -142,17 +147,9 @@ def command(
         seed=seed,
         reporter=show,
     )
-    if plan.groups:
-        out.table("channels", *plan_rows(plan))
-    if plan.sites:
-        out.table("gates", *fold_rows(plan.sites))
-    out.table("cost of one image", *costs(applied.before, applied.after))
+    _show(out, applied)
     if folds is not None and not found.sites:
         out.say("the network has no gate sites, so there is nothing to fold")
-    twin = "its masked twin" if not plan.sites_folded else "its masked twin with constant gates"
-    out.say(f"equals {twin}: largest difference {applied.max_abs_diff_masked:.1e} in float64")
-    if applied.refits:
-        out.say(refit_line(applied.refits))
     if not dry_run and output is not None:
         artifact.save(output, applied.network)
         out.say(f"pruned network: {output}")
@@ -168,6 +165,20 @@ def command(
             "plan": to_dict(plan),
         }
     )
+
+
+def _show(out: Output, applied: Applied) -> None:
+    """Print what leaves, what it saves, the proof and the repair."""
+    plan = applied.plan
+    if plan.groups:
+        out.table("channels", *plan_rows(plan))
+    if plan.sites:
+        out.table("gates", *fold_rows(plan.sites))
+    out.table("cost of one image", *costs(applied.before, applied.after))
+    twin = "its masked twin" if not plan.sites_folded else "its masked twin with constant gates"
+    out.say(f"equals {twin}: largest difference {applied.max_abs_diff_masked:.1e} in float64")
+    if applied.refits:
+        out.say(refit_line(applied.refits))
 
 
 def _require_no_images(
