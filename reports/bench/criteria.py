@@ -97,7 +97,7 @@ def report() -> None:
         "Top-1 on the 10,000 test images, mean ± standard deviation over seeds (which choose the training images that "
         "are measured, and the order of fine-tuning). Same plan solver, same repair (least squares on 1,024 images, BN "
         f"on 2,048), same fine-tune ({SETTINGS['epochs']} epochs on the bundled 12,000 images, distilled from the "
-        "dense network).\n"
+        "dense network). The rows were made when BN statistics were re-estimated after least squares in any case.\n"
     )
     for name, (phase, title) in itertools.product(NETWORKS, PHASES.items()):
         mine = [r for r in rows if r["network"] == name]

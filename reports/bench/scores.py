@@ -112,7 +112,7 @@ def report() -> None:
     body = "# Scores, gates, and how much MACs count\n\n"
     body += (
         f"Top-1 on {IMAGES:,} training images that neither scores nor repair have seen (the networks themselves were "
-        "trained on them), least squares and BN recalibrated, no training, one choice of measured images. `excitation` "
+        "trained on them), repaired as `--repair refit` does, no training, one choice of measured images. `excitation` "
         'is the geometric mean of `gate-energy` and `gate-obs`. "Gates of 1": the same score without the measured '
         "gates. The power is the exponent of a channel's MACs in the price of a step (`planning.COST_POWER`, "
         f"{planning.COST_POWER} by default). Hidden units: `--hidden`.\n\n"
