@@ -92,6 +92,29 @@ def open_model(
         _require_sizes(network, sizes, ref)
     else:
         network = _open_file(path, arch, sizes, ema)
+    return with_preprocessing(network, ref, input_size=input_size, mean=mean, std=std)
+
+
+def with_preprocessing(
+    network: Network,
+    ref: str,
+    *,
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """Return the network, in eval mode, with the given parts of its preprocessing replaced.
+
+    Args:
+        network: What to feed otherwise.
+        ref: How the user named it, for messages.
+        input_size: (C, H, W) or (H, W).
+        mean: Mean of pixels in [0, 1] per channel.
+        std: Standard deviation of pixels in [0, 1] per channel.
+
+    Raises:
+        UsageError: A value is impossible, or the network cannot take images of that size.
+    """
     preprocessing = override(network.header.preprocessing, input_size=input_size, mean=mean, std=std)
     network.module.eval()
     if input_size is not None:

@@ -138,12 +138,19 @@ def model_options(
     ema: bool = False,
 ) -> dict[str, Any]:
     """Return the options of MODEL as `checkpoint.open_model` takes them."""
-    from se_prune.checkpoint import parse_floats, parse_size
-
     return {
         "arch": arch,
         "pretrained": pretrained,
         "ema": ema,
+        **preprocessing_options(input_size, mean, std),
+    }
+
+
+def preprocessing_options(input_size: str | None, mean: str | None, std: str | None) -> dict[str, Any]:
+    """Return `--input-size`, `--mean` and `--std` as `checkpoint.with_preprocessing` takes them."""
+    from se_prune.checkpoint import parse_floats, parse_size
+
+    return {
         "input_size": None if input_size is None else parse_size(input_size),
         "mean": None if mean is None else parse_floats(mean),
         "std": None if std is None else parse_floats(std),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from se_prune import __version__, artifact
 from se_prune.artifact import Network
+from se_prune.checkpoint import with_preprocessing
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
 from se_prune.data.source import Split, balanced_subset
@@ -332,8 +333,22 @@ def finetune(
     return Network(module=module, header=header)
 
 
-def new_network(arch: str, data: DataSource, seed: int) -> Network:
-    """Build an architecture with random weights, with the class count and channels of a data set."""
+def new_network(
+    arch: str,
+    data: DataSource,
+    seed: int,
+    *,
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """Build an architecture with random weights, with the class count and channels of a data set.
+
+    `input_size`, `mean` and `std` overrule the preprocessing, as in `checkpoint.with_preprocessing`.
+
+    Raises:
+        UsageError: The architecture is unknown, or the preprocessing does not go with it.
+    """
     kwargs: dict[str, Any] = {"num_classes": len(data.classes)}
     own = data.preprocessing
     if own is not None and own.input_size[0] != 3:
@@ -345,7 +360,9 @@ def new_network(arch: str, data: DataSource, seed: int) -> Network:
     if own is not None and preprocessing.input_size[0] == own.input_size[0]:
         preprocessing = replace(preprocessing, mean=own.mean, std=own.std)
     header = ArtifactHeader(arch=spec, preprocessing=preprocessing, classes=data.classes)
-    return Network(module=module, header=header)
+    return with_preprocessing(
+        Network(module=module, header=header), arch, input_size=input_size, mean=mean, std=std
+    )
 
 
 def train(
@@ -355,11 +372,14 @@ def train(
     *,
     device: torch.device,
     seed: int = 0,
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     resume: Path | None = None,
     on_step: Callable[[StepLog], None] | None = None,
 ) -> tuple[Network, Evaluation]:
     """Train a network from random weights and evaluate it on the test split, which nothing else reads."""
-    start = new_network(arch, data, seed)
+    start = new_network(arch, data, seed, input_size=input_size, mean=mean, std=std)
     network = finetune(
         start, data, settings, device=device, seed=seed, resume=resume, on_step=on_step, stage="train"
     )

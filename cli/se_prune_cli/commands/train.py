@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from se_prune_cli.output import Data, Device, Json, Output, Progressed, Seed
+from se_prune_cli.output import (
+    Data,
+    Device,
+    InputSize,
+    Json,
+    Mean,
+    Output,
+    Progressed,
+    Seed,
+    Std,
+    preprocessing_options,
+)
 from se_prune_cli.tables import accuracy
 
 
@@ -22,6 +33,9 @@ def command(
     resume: Annotated[
         Path | None, typer.Option(help="Folder that keeps the state after every epoch; run again to go on.")
     ] = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -39,6 +53,7 @@ def command(
     settings = train_settings(file, "train", epochs=epochs, lr=lr, batch_size=batch_size)
     require_writable(output)
     target, source = choose_device(device), open_data(data)
+    options = preprocessing_options(input_size, mean, std)
     with Progressed().stage(f"train {arch}", None) as update:
         network, result = pipeline.train(
             arch,
@@ -46,6 +61,7 @@ def command(
             settings,
             device=target,
             seed=seed,
+            **options,
             resume=resume,
             on_step=lambda log: update(1, total=log.total_steps, note=step_note(log)),
         )
