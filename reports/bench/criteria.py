@@ -1,15 +1,22 @@
 """Every criterion at equal MACs: accuracy after each repair, and after the same short fine-tune.
 
-Resumable: each finished row is a line of `criteria.jsonl`; two processes of one thread each share the work.
+Beside them torch-pruning's own pruner, as its users run it: one ratio for every layer (local) or one threshold for all
+(global), found by bisection so that the MACs agree, and the same fine-tune. Resumable: each finished row is a line of
+`criteria.jsonl`; two processes of one thread each share the work. Networks that do not come with the package are
+opened from `runs/trained/`, where the recipes `fashion_*.toml` are to leave them.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
+import math
 import multiprocessing as mp
 import statistics as stats
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.progress import track
 
 from reports.bench.common import (
@@ -22,8 +29,10 @@ from reports.bench.common import (
     write_report,
 )
 
+TRAINED = FOLDER.parent / "runs" / "trained"
 CRITERIA = ("excitation", "random", "l1", "l2", "bn-scale", "fpgm", "lamp", "taylor", "hessian")
-KEPT = (0.75, 0.5, 0.3)
+PRUNERS = ("torch-pruning, local", "torch-pruning, global")
+KEPT = (0.5, 0.3)
 SEEDS = (0, 1, 2)
 ROWS = FOLDER / "criteria.jsonl"
 SETTINGS: dict[str, Any] = {
@@ -32,42 +41,164 @@ SETTINGS: dict[str, Any] = {
     "lr": 0.02,
     "ema_decay": 0.99,
     "label_smoothing": 0.0,
-    "amp": "bf16",
 }
 PHASES = {
+    "none": "nothing after the cut",
     "bn": "BN recalibrated, no training",
     "refit": "least squares and BN recalibrated, no training",
     "finetuned": "the same, then fine-tuned",
 }
+#: How near the pruner's MACs have to come to the budget.
+MACS_TOLERANCE = 0.005
 Job = tuple[str, str, float, int]
 
 
+def trained() -> tuple[str, ...]:
+    """Return the names of the networks that were trained for this study and are there."""
+    return tuple(sorted(path.stem for path in TRAINED.glob("*.safetensors")))
+
+
+def opened(name: str) -> Any:
+    """Open a bundled network, or one of `runs/trained/`."""
+    from se_prune.checkpoint import open_model
+
+    return bundled(name) if name in NETWORKS else open_model(str(TRAINED / f"{name}.safetensors"))
+
+
 def run_job(job: Job) -> dict[str, Any]:
-    """Cut and recalibrate; cut, re-fit and fine-tune; evaluate each."""
+    """Make one row: a criterion of ours, or torch-pruning's own pruner."""
     import torch
 
+    torch.set_num_threads(1)
+    return _by_pruner(job) if job[1] in PRUNERS else _by_criterion(job)
+
+
+def _by_criterion(job: Job) -> dict[str, Any]:
+    """Cut and repair in each way, then fine-tune what least squares left."""
+    import torch
+
+    from se_prune.artifact import Network
     from se_prune.data import open_data
-    from se_prune.pipeline import apply_plan, assess, finetune, plan, structure
-    from se_prune.recipe import FINETUNE_DEFAULTS, train_settings
+    from se_prune.pipeline import apply_plan, plan, structure
     from se_prune.records import Budget
 
-    torch.set_num_threads(1)
     name, criterion, kept, seed = job
-    device, data, network = torch.device("cpu"), open_data("fashion-mnist"), bundled(name)
+    device, data, network = torch.device("cpu"), open_data("fashion-mnist"), opened(name)
     found = structure(network)
-    budget = Budget(kind="macs", value=kept)
     row: dict[str, Any] = {"network": name, "criterion": criterion, "kept": kept, "seed": seed}
     for repair in ("bn", "refit"):  # a criterion may count on the repair that follows
         chosen = plan(
-            network, found, budget, criterion=criterion, device=device, data=data, repair=repair, seed=seed
+            network,
+            found,
+            Budget(kind="macs", value=kept),
+            criterion=criterion,
+            device=device,
+            data=data,
+            repair=repair,
+            seed=seed,
         )
         applied = apply_plan(network, found, chosen, device=device, data=data, repair=repair, seed=seed)
-        row[repair] = assess(applied.network, data, device=device)[1].top1
+        if repair == "bn":
+            row["none"] = _right(Network(module=applied.cut, header=applied.network.header), data)
+        row[repair] = _right(applied.network, data)
         row["macs"] = applied.after.macs / applied.before.macs
-    settings = train_settings(None, "finetune", **{**FINETUNE_DEFAULTS, **SETTINGS})
-    tuned = finetune(applied.network, data, settings, device=device, teacher=network, seed=seed)
-    row["finetuned"] = assess(tuned, data, device=device)[1].top1
+    row["finetuned"] = _finetuned(applied.network, network, data, seed)
     return row
+
+
+def _finetuned(cut: Any, dense: Any, data: Any, seed: int) -> str:
+    import torch
+
+    from se_prune.pipeline import finetune
+    from se_prune.recipe import FINETUNE_DEFAULTS, train_settings
+
+    settings = train_settings(None, "finetune", **{**FINETUNE_DEFAULTS, **SETTINGS})
+    device = torch.device("cpu")
+    return _right(finetune(cut, data, settings, device=device, teacher=dense, seed=seed), data)
+
+
+def _by_pruner(job: Job) -> dict[str, Any]:
+    """Let torch-pruning cut to the same MACs; recalibrate; fine-tune what the pruner left."""
+    import torch
+
+    from se_prune.artifact import Network, clone
+    from se_prune.data import open_data
+    from se_prune.data.source import balanced_subset
+    from se_prune.pipeline.measure import MEASURED_IMAGES
+    from se_prune.surgery.repair import recalibrate_bn
+
+    name, pruner, kept, seed = job
+    data, dense = open_data("fashion-mnist"), opened(name)
+    module, macs = _pruned(dense, kept, whole=pruner.endswith("global"))
+    cut = Network(module=module, header=dense.header)
+    row: dict[str, Any] = {"network": name, "criterion": pruner, "kept": kept, "seed": seed, "macs": macs}
+    row["none"] = _right(cut, data)
+    row["finetuned"] = _finetuned(cut, dense, data, seed)
+    recalibrated = Network(module=clone(module), header=dense.header)
+    subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
+    recalibrate_bn(recalibrated.module, subset, dense.header.preprocessing, device=torch.device("cpu"))
+    row["bn"] = _right(recalibrated, data)
+    return row
+
+
+def _pruned(dense: Any, kept: float, *, whole: bool) -> tuple[Any, float]:
+    """Return the network that torch-pruning's pruner leaves at a share of the MACs, and that share."""
+    from se_prune.artifact import clone
+    from se_prune.cost import count_cost
+    from se_prune.gates.sites import find_sites
+    from se_prune.pipeline import example_input
+
+    preprocessing = dense.header.preprocessing
+    example = example_input(preprocessing)
+
+    def macs(model: Any) -> int:
+        return count_cost(model, preprocessing, find_sites(model, example)).macs
+
+    before, low, high = macs(dense.module), 0.0, 1.0
+    best: tuple[float, Any, float] = (math.inf, None, 1.0)
+    for _ in range(14):
+        ratio = (low + high) / 2
+        model = clone(dense.module).requires_grad_(True)
+        _step(model, example, ratio, whole=whole)
+        share = macs(model) / before
+        best = min(best, (abs(share - kept), model, share), key=lambda b: b[0])
+        if best[0] < MACS_TOLERANCE:
+            break
+        low, high = (ratio, high) if share > kept else (low, ratio)
+    return best[1].eval(), best[2]
+
+
+def _step(model: Any, example: Any, ratio: float, *, whole: bool) -> None:
+    """Prune as torch-pruning's examples do: L2 norms of groups, the classifier ignored."""
+    import torch
+    import torch_pruning as tp
+
+    outputs = model(example).shape[1]
+    ignored = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == outputs]
+    tp.pruner.MagnitudePruner(
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        global_pruning=whole,
+        ignored_layers=ignored,
+    ).step()
+
+
+def _right(network: Any, data: Any) -> str:
+    """Return which test images a network gets right, one bit each, in base 85."""
+    import torch
+
+    from se_prune.pipeline import assess
+
+    result = assess(network, data, device=torch.device("cpu"))[1]
+    right = np.array(result.predictions) == data.test.labels.numpy()
+    return base64.b85encode(np.packbits(right).tobytes()).decode()
+
+
+def _images(bits: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return 1.0 per test image that was right; the count of images is a multiple of 8."""
+    return np.unpackbits(np.frombuffer(base64.b85decode(bits), dtype=np.uint8)).astype(np.float64)
 
 
 def _key(row: dict[str, Any]) -> Job:
@@ -77,11 +208,11 @@ def _key(row: dict[str, Any]) -> Job:
 def main() -> None:
     """Run what is missing, then write `reports/criteria.md`."""
     done = {_key(row) for row in read_rows(ROWS)}
+    names = (*NETWORKS, *trained())
     jobs = [
         (name, criterion, kept, seed)
-        for criterion, kept, seed, name in itertools.product(CRITERIA, KEPT, SEEDS, NETWORKS)
+        for seed, kept, criterion, name in itertools.product(SEEDS, KEPT, (*CRITERIA, *PRUNERS), names)
     ]
-    jobs.sort(key=lambda job: job[2] == max(KEPT))  # the mildest cut says least and comes last
     todo = [job for job in jobs if job not in done]
     with mp.get_context("spawn").Pool(2) as pool:
         for row in track(pool.imap_unordered(run_job, todo), "criteria", total=len(todo)):
@@ -92,24 +223,68 @@ def main() -> None:
 def report() -> None:
     """Write `reports/criteria.md` from the rows that are there."""
     rows = read_rows(ROWS)
-    body = ["# Criteria at equal MACs\n"]
-    body.append(
+    names = sorted({r["network"] for r in rows}, key=lambda n: (n not in NETWORKS, n))
+    body = [_head()]
+    for name, (phase, title) in itertools.product(names, PHASES.items()):
+        mine = [r for r in rows if r["network"] == name and phase in r]
+        body.append(f"## {name}, {title}\n")
+        body.append(_table(mine, phase))
+    body.append("In brackets: how many seeds.\n")
+    summary = [{k: _top1(v) if k in PHASES else v for k, v in row.items()} for row in rows]
+    write_report("criteria", "python -m reports.bench criteria", "\n".join(body), summary)
+
+
+def _head() -> str:
+    missing = {"mobilenetv3_small", "se_resnext29"} - set(trained())
+    text = (
+        "# Criteria at equal MACs\n\n"
         "Top-1 on the 10,000 test images, mean ± standard deviation over seeds (which choose the training images that "
         "are measured, and the order of fine-tuning). Same plan solver, same repair (least squares on 1,024 images, BN "
         f"on 2,048), same fine-tune ({SETTINGS['epochs']} epochs on the bundled 12,000 images, distilled from the "
-        "dense network). The rows were made when BN statistics were re-estimated after least squares in any case.\n"
+        "dense network). torch-pruning: its `MagnitudePruner` with group L2 norms, one ratio in every layer (local) or "
+        "one threshold (global), at the ratio that leaves as many MACs; it has no repair, and is fine-tuned as it is. "
+        "p: paired test over the test images (the mean over seeds of right or wrong, against `excitation`; two-sided "
+        "normal).\n"
     )
-    for name, (phase, title) in itertools.product(NETWORKS, PHASES.items()):
-        mine = [r for r in rows if r["network"] == name]
-        body.append(f"## zoo:{name}, {title}\n")
-        table = []
-        for criterion in CRITERIA:
-            cells = []
-            for kept in KEPT:
-                values = [100 * r[phase] for r in mine if r["criterion"] == criterion and r["kept"] == kept]
-                spread = stats.stdev(values) if len(values) > 1 else 0.0
-                cells.append(f"{stats.mean(values):.2f} ± {spread:.2f} ({len(values)})" if values else "–")
-            table.append([criterion, *cells])
-        body.append(markdown_table(["criterion", *(f"{100 * k:.0f} % of MACs" for k in KEPT)], table))
-    body.append("In brackets: how many seeds.\n")
-    write_report("criteria", "python -m reports.bench criteria", "\n".join(body), rows)
+    if missing:
+        text += f"\nNot trained yet, and so not in the table: {', '.join(sorted(missing))}.\n"
+    return text
+
+
+def _table(rows: Sequence[dict[str, Any]], phase: str) -> str:
+    def pick(criterion: str, kept: float) -> dict[int, str]:
+        return {r["seed"]: r[phase] for r in rows if (r["criterion"], r["kept"]) == (criterion, kept)}
+
+    lines = []
+    for criterion in (*CRITERIA, *PRUNERS):
+        cells = []
+        for kept in KEPT:
+            own, best = pick(criterion, kept), pick(CRITERIA[0], kept)
+            values = [100 * _top1(bits) for bits in own.values()]
+            spread = stats.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{stats.mean(values):.2f} ± {spread:.2f} ({len(values)})" if values else "–")
+            cells.append(_p_text(own, best) if criterion != CRITERIA[0] else "")
+        lines.append([criterion, *cells])
+    columns: list[str] = []
+    for kept in KEPT:
+        columns += [f"{100 * kept:.0f} % of MACs", "p"]
+    return markdown_table(["criterion", *columns], lines)
+
+
+def _top1(bits: str) -> float:
+    return float(_images(bits).mean())
+
+
+def _p_text(first: dict[int, str], second: dict[int, str]) -> str:
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return "–"
+    p = paired_p([_images(first[s]) - _images(second[s]) for s in seeds])
+    return "< 1e-16" if p < 1e-16 else f"{p:.2g}"
+
+
+def paired_p(differences: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> float:
+    """Return the two-sided p of a mean difference of 0, images being the sample and seeds averaged over."""
+    mean = np.mean(differences, axis=0)
+    error = float(mean.std(ddof=1)) / math.sqrt(len(mean))
+    return math.erfc(abs(float(mean.mean())) / error / math.sqrt(2)) if error > 0 else 1.0
