@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +16,7 @@ from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of, measure_latency, torch_runner
 from se_prune.data import DataSource, open_data
 from se_prune.data.source import Split, balanced_subset
-from se_prune.device import choose_device
+from se_prune.device import choose_device, processor
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target
 from se_prune.export.onnx import onnx_runner
@@ -253,7 +252,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "se-prune": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
@@ -263,14 +262,3 @@ def environment(device: torch.device) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return result
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        try:
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        except OSError:
-            return platform.machine()
-    return platform.processor() or platform.machine()
