@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from se_prune.records import LayerCost
@@ -120,6 +120,29 @@ class LatencyModel:
         return 0.0 if grid is None else self.scales[name] * grid.at(into, out)
 
 
-def volume(costs: Mapping[str, LayerCost]) -> dict[str, float]:
-    """Return per layer the values that one of its output channels has, for one image."""
-    return {name: c.macs / c.weights if c.weights else 0.0 for name, c in costs.items()}
+@dataclass(slots=True, kw_only=True)
+class LayerTimes:
+    """A latency model beside what the layers write; `known` holds layers at widths that were asked for before.
+
+    `volumes` is per layer the values that one of its output channels has, `whole` those of all layers at full width.
+    """
+
+    model: LatencyModel
+    volumes: dict[str, float]
+    whole: float
+    known: dict[tuple[str, int, int], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: LatencyModel, costs: Mapping[str, LayerCost]) -> LayerTimes:
+        """Return the times of a network of these layers."""
+        volumes = {name: c.macs / c.weights if c.weights else 0.0 for name, c in costs.items()}
+        whole = sum(volumes[name] * cost.out_channels for name, cost in costs.items())
+        return cls(model=model, volumes=volumes, whole=max(whole, 1.0))
+
+    def at(self, name: str, into: int, out: int) -> float:
+        """Return the milliseconds of a layer, and of what is done to the values that it writes."""
+        key = (name, into, out)
+        if key not in self.known:
+            elementwise = self.model.elementwise_ms * self.volumes[name] * out / self.whole
+            self.known[key] = self.model.layer_ms(name, into, out) + elementwise
+        return self.known[key]

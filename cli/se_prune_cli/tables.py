@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from se_prune import text
 
 if TYPE_CHECKING:
-    from se_prune.records import Cost, LayerRefit, Plan, SitePlan, SiteSummary
+    from se_prune.records import Cost, LayerRefit, Plan, PlannedLatency, SitePlan, SiteSummary
     from se_prune.results import Evaluation
 
 Table = tuple[list[str], list[list[str]]]
@@ -78,6 +78,20 @@ def site_rows(sites: Sequence[SiteSummary]) -> Table:
         ]
         for s in sites
     ]
+
+
+def latency_line(latency: PlannedLatency) -> str:
+    """Return one sentence on what a latency budget came to."""
+    low, high = latency.share_ci95
+    reached = "within the tolerance" if latency.within else "faster than asked" if latency.met else "NOT met"
+    return (
+        f"latency, {latency.runtime}, batch {latency.batch_size}, threads {latency.threads}: target "
+        f"{text.milliseconds(latency.target_ms)}, predicted {text.milliseconds(latency.predicted_ms)}, measured "
+        f"{text.milliseconds(latency.measured_ms)} ({text.percent(latency.share)} of the dense "
+        f"{text.milliseconds(latency.dense_ms)}, 95 % interval {text.percent(low)} to {text.percent(high)}, "
+        f"{latency.rounds} interleaved rounds), {reached} of {text.percent(latency.tolerance, 0)} after "
+        f"{latency.attempts} plans"
+    )
 
 
 def refit_line(refits: Sequence[LayerRefit]) -> str:

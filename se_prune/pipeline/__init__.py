@@ -7,6 +7,7 @@ from se_prune.pipeline.classes import for_classes, like
 from se_prune.pipeline.compress import compress
 from se_prune.pipeline.folds import outlook
 from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
+from se_prune.pipeline.latency import Rounding, Timing, choose_rounding, resolve_rounding
 from se_prune.pipeline.measure import (
     Reporter,
     Silent,
@@ -26,13 +27,16 @@ __all__ = [
     "Applied",
     "Outline",
     "Reporter",
+    "Rounding",
     "RunOutcome",
     "Silent",
     "StepLog",
     "Structure",
+    "Timing",
     "analyze",
     "apply_plan",
     "assess",
+    "choose_rounding",
     "compress",
     "example_input",
     "finetune",
@@ -45,6 +49,7 @@ __all__ = [
     "outlook",
     "plan",
     "require_classes",
+    "resolve_rounding",
     "run_recipe",
     "structure",
     "train",

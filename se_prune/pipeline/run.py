@@ -27,8 +27,9 @@ from se_prune.gates.summary import profile, summarise
 from se_prune.layers import layer_costs
 from se_prune.pipeline import jobs, measure
 from se_prune.pipeline.classes import for_classes
+from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.planning import check_budget, check_ranges
-from se_prune.recipe import RunRecipe, budget_of
+from se_prune.recipe import RunRecipe, table_budget
 from se_prune.report import write_report
 from se_prune.results import Evaluation, Exported, Latency, Run, StageResult
 from se_prune.schema import to_json
@@ -77,9 +78,10 @@ def run_recipe(
     """
     show = reporter or measure.Silent()
     folds = parse_request(recipe.apply.fold_gates, recipe.apply.fold_tolerance)
-    budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params, folds=folds is not None)
-    widths = {"round_to": recipe.apply.round_to, "min_channels": recipe.apply.min_channels}
-    check_ranges(budget, **widths)
+    budget = table_budget(recipe.apply, folds=folds is not None)
+    check_ranges(budget, first_rounding(recipe.apply.round_to), recipe.apply.min_channels)
+    timing = Timing(runtime=recipe.apply.runtime, threads=recipe.apply.threads)
+    timing.opened()
     hidden = recipe.apply.hidden
     find(recipe.apply.criterion)
     for name in recipe.export:
@@ -87,7 +89,9 @@ def run_recipe(
     target = choose_device(device)
     dense, data = _opened(recipe)
     found = measure.structure(dense)
-    if folds is None:  # what is folded, and so what is left to cut, is known after the analysis
+    rounding = resolve_rounding(recipe.apply.round_to, dense, found, timing, show)
+    widths = {"round_to": rounding, "min_channels": recipe.apply.min_channels}
+    if folds is None and not budget.timed:  # what is folded, and so what is left to cut, is known after the analysis
         costs = layer_costs(dense.module, found.cost.per_layer)
         check_budget(found.couplings, costs, budget, **widths, hidden=hidden)
     make_folder(folder)
@@ -116,6 +120,7 @@ def run_recipe(
         hidden=hidden,
         repair=recipe.apply.repair,
         folds=folds,
+        timing=timing,
         seed=recipe.seed,
         reporter=show,
     )

@@ -58,7 +58,7 @@ def shapes_of(model: nn.Module, example: torch.Tensor) -> dict[str, LayerShape]:
 
         return hook
 
-    layers = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, nn.Conv2d)]
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(look(name)) for name, layer in layers]
     try:
         model.eval()(example[:1])
