@@ -123,19 +123,20 @@ def fastest(
     hidden: HiddenPolicy = "tie",
 ) -> float:
     """Return the milliseconds of the network with every group at its floor, as the table says."""
-    problem = _problem(couplings, costs, round_to, min_channels, hidden, times)
+    problem = _problem(couplings, costs, round_to, min_channels, hidden, times=times)
     return _latency(problem, [options[-1] for options in problem.options])
 
 
 def predicted(
-    couplings: Sequence[Coupling], costs: Mapping[str, LayerCost], times: LatencyModel, plan: Plan | None = None
+    couplings: Sequence[Coupling],
+    costs: Mapping[str, LayerCost],
+    times: LatencyModel,
+    plan: Plan | None = None,
 ) -> float:
     """Return the milliseconds of a plan's network, or of the dense one, as the table says."""
-    problem = _problem(couplings, costs, 1, 1, "prune", times)
+    problem = _problem(couplings, costs, 1, 1, "prune", times=times)
     gone = {group.name: len(group.removed) for group in plan.groups} if plan else {}
-    return _latency(
-        problem, [c.group.channels - gone.get(c.group.name, 0) for c in problem.couplings]
-    )
+    return _latency(problem, [c.group.channels - gone.get(c.group.name, 0) for c in problem.couplings])
 
 
 def _reachable(
@@ -150,7 +151,7 @@ def _reachable(
 ) -> tuple[_Problem, float]:
     """Return the problem and what may be left of its measure."""
     check_ranges(budget, round_to, min_channels)
-    problem = _problem(couplings, costs, round_to, min_channels, hidden, times)
+    problem = _problem(couplings, costs, round_to, min_channels, hidden, times=times)
     if all(c.group.kind == "hidden" for c in problem.couplings):
         raise BudgetError(f"{budget.option} cannot be met: no channel group can be cut.")
     full = [c.group.channels for c in problem.couplings]
@@ -198,6 +199,7 @@ def _problem(
     round_to: int,
     min_channels: int,
     hidden: HiddenPolicy,
+    *,
     times: LatencyModel | None = None,
 ) -> _Problem:
     chosen = tuple(c for c in couplings if c.group.prunable)

@@ -21,17 +21,20 @@ from se_prune.pipeline.measure import (
 )
 from se_prune.pipeline.outline import Outline, outline
 from se_prune.pipeline.run import RunOutcome, run_recipe
+from se_prune.pipeline.sweep import Point, Sweep, pareto, sweep
 from se_prune.training.loop import StepLog
 
 __all__ = [
     "Applied",
     "Outline",
+    "Point",
     "Reporter",
     "Rounding",
     "RunOutcome",
     "Silent",
     "StepLog",
     "Structure",
+    "Sweep",
     "Timing",
     "analyze",
     "apply_plan",
@@ -47,10 +50,12 @@ __all__ = [
     "new_network",
     "outline",
     "outlook",
+    "pareto",
     "plan",
     "require_classes",
     "resolve_rounding",
     "run_recipe",
     "structure",
+    "sweep",
     "train",
 ]

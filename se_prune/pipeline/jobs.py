@@ -32,7 +32,7 @@ from se_prune.pipeline.folds import (
     totals,
     without_folded,
 )
-from se_prune.pipeline.latency import Search, Timing, check_fastest, meet, stopwatch
+from se_prune.pipeline.latency import Span, Timing, check_fastest, meet, stopwatch
 from se_prune.pipeline.measure import (
     BATCH,
     MEASURED_IMAGES,
@@ -148,20 +148,11 @@ def plan(
     groups, left = without_folded(network, found, costs, sites)
     if folds is not None and budget.kind == "sparsity" and budget.value == 0:
         return fold_only(costs, left, sites, **widths)
-    search = Search(
-        budget=budget,
-        groups=groups,
-        left=left,
-        dense=(found.couplings, costs),
-        widths=widths,
-        choose=lambda limit, times: chosen_for(limit, times),
-        build=lambda plan: _built(network, found, plan),
-    )
-    watch = None
+    watch, span = None, Span(groups=groups, left=left, dense=(found.couplings, costs), widths=widths)
     if budget.timed:
         watch = stopwatch(network, found, timing or Timing(), round_to, reporter)
         if not sites:
-            check_fastest(watch, search)
+            check_fastest(watch, budget, span)
     else:
         rest = rest_of(budget, costs, left)
         check_rest(groups, left, budget, rest, **widths)
@@ -199,7 +190,9 @@ def plan(
         chosen = make_plan(groups, left, scores, limit, times=times, **widths)
         return replace(chosen, budget=budget, macs_before=macs, params_before=params, sites=sites)
 
-    return chosen_for(rest) if watch is None else meet(watch, search, reporter)
+    if watch is None:
+        return chosen_for(rest)
+    return meet(watch, budget, span, chosen_for, lambda plan: _built(network, found, plan), reporter=reporter)
 
 
 def _built(network: Network, found: Structure, chosen: Plan) -> Network:

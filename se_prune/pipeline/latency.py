@@ -1,7 +1,7 @@
-"""Latency as a budget: a plan from the measured table of layers, timed, corrected by what was measured, timed again.
+"""Latency as a budget: a plan from the measured table of layers, timed, corrected by what was measured.
 
-The dense network and each cut one run in turn, so that their ratio holds on a busy machine; a time in milliseconds is that
-ratio times the lowest median of the dense network.
+The dense network and each cut one run in turn, so that their ratio holds on a busy machine; a time in milliseconds is
+that ratio times the lowest median of the dense network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ LOG = logging.getLogger("se_prune")
 CPU = torch.device("cpu")
 PROFILE_RUNS = 20
 #: One comparison of two networks takes about so long, within these numbers of rounds.
-SECONDS, ROUNDS = 4.0, (25, 300)
+SECONDS, ROUNDS = 4.0, (25, 2000)
+#: So many neighbouring limits are tried until one gives a plan that was not timed yet.
+NUDGES = 12
 #: The table may be wrong by so much: a budget below the fastest network by more is refused before anything is scored.
 TRUST = 1.25
 #: Widths that `--round-to auto` tries; the smallest is taken that costs at most `SLACK` more per MAC than the best.
@@ -102,7 +104,7 @@ class Stopwatch:
 def stopwatch(
     network: Network, found: Structure, timing: Timing, round_to: int, reporter: Reporter | None = None
 ) -> Stopwatch:
-    """Open the dense network in the runtime, profile it, and measure its layers at the widths that a plan may give them.
+    """Open the dense network in the runtime, profile it, and measure its layers at the widths that a plan may give.
 
     Raises:
         UsageError: The runtime is unknown.
@@ -142,21 +144,26 @@ def stopwatch(
     )
 
 
-@dataclass(slots=True, kw_only=True)
-class Search:
-    """What is planned with: the groups and layers that folding leaves, and how a plan is chosen and made a network.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """What a plan may range over: groups and layers that folding leaves, options on widths, and those of the dense."""
 
-    `choose` takes a budget in milliseconds of the model, and the model; `build` cuts and folds. `dense` are the layers of
-    the dense network, with its groups.
-    """
-
-    budget: Budget
     groups: Sequence[Coupling]
     left: Mapping[str, LayerCost]
     dense: tuple[Sequence[Coupling], Mapping[str, LayerCost]]
     widths: Mapping[str, Any]
-    choose: Callable[[Budget, LatencyModel], Plan]
-    build: Callable[[Plan], Network]
+
+    def whole(self, model: LatencyModel) -> float:
+        """Return the dense network's milliseconds, as the model says."""
+        return predicted(*self.dense, model)
+
+    def least(self, model: LatencyModel) -> float:
+        """Return those of the network with every group at its floor."""
+        return fastest(self.groups, self.left, model, **self.widths)
+
+    def share(self, model: LatencyModel, plan: Plan) -> float:
+        """Return what fraction of the dense latency a plan is predicted to take."""
+        return predicted(self.groups, self.left, model, plan) / self.whole(model)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,67 +173,116 @@ class _Try:
     seen: Comparison
     verified: bool = False
 
+    def off(self, goal: float) -> float:
+        """Return how far the measurement is from the target, as a fraction of it."""
+        return abs(self.seen.share / goal - 1)
+
 
 def target_share(budget: Budget, dense_ms: float) -> float:
     """Return what fraction of the dense latency a budget allows."""
     return budget.value if budget.kind == "latency" else budget.value / dense_ms
 
 
-def check_fastest(watch: Stopwatch, search: Search) -> None:
+def check_fastest(watch: Stopwatch, budget: Budget, span: Span) -> None:
     """Refuse a budget that is far below the fastest network that the floors allow, as the table predicts it.
 
     Raises:
         BudgetError: It is; the message says what is reachable.
     """
-    whole = predicted(*search.dense, watch.model)
-    least = fastest(search.groups, search.left, watch.model, **search.widths) / whole
-    if least > TRUST * target_share(search.budget, watch.dense_ms):
-        raise BudgetError(_unreachable(watch, search, least, "is predicted to take"))
+    least = span.least(watch.model) / span.whole(watch.model)
+    if least > TRUST * target_share(budget, watch.dense_ms):
+        raise BudgetError(_unreachable(watch, budget, span, least, takes="is predicted to take"))
 
 
-def _unreachable(watch: Stopwatch, search: Search, share: float, takes: str) -> str:
-    floors = " ".join(f"--{key.replace('_', '-')} {search.widths[key]}" for key in ("round_to", "min_channels"))
+def _unreachable(watch: Stopwatch, budget: Budget, span: Span, share: float, *, takes: str) -> str:
+    floors = " ".join(f"--{key.replace('_', '-')} {span.widths[key]}" for key in ("round_to", "min_channels"))
     return (
-        f"{search.budget.option} cannot be met: with {floors} the fastest network {takes} {share * watch.dense_ms:.3g} ms, "
+        f"{budget.option} cannot be met: with {floors} the fastest network {takes} {share * watch.dense_ms:.3g} ms, "
         f"{share:.3g} of the dense one's {watch.dense_ms:.3g} ms in {watch.runtime.name}; ask for more than that."
     )
 
 
-def meet(watch: Stopwatch, search: Search, reporter: Reporter | None = None) -> Plan:
+def meet(
+    watch: Stopwatch,
+    budget: Budget,
+    span: Span,
+    choose: Callable[[Budget, LatencyModel], Plan],
+    build: Callable[[Plan], Network],
+    *,
+    reporter: Reporter | None = None,
+) -> Plan:
     """Return the plan whose measured latency is nearest to the budget, with what was predicted and measured.
 
     Each attempt is planned for what the table must say so that the measurement comes out right, judging by the attempts
     before it; it ends when a measurement of twice the length confirms that the result is within the tolerance.
 
+    Args:
+        watch: The dense network in the runtime.
+        budget: What is asked for.
+        span: What a plan may range over.
+        choose: Returns the plan of a budget in milliseconds of the model.
+        build: Cuts and folds by a plan.
+        reporter: Shows progress.
+
     Raises:
         BudgetError: Even the narrowest network is slower; the message says what it takes.
     """
-    whole, show = predicted(*search.dense, watch.model), reporter or Silent()
-    least = fastest(search.groups, search.left, watch.model, **search.widths)
-    limit, tries = target_share(search.budget, watch.dense_ms) * whole, list[_Try]()
-    with show.stage(f"plan and time in {watch.runtime.name}", watch.timing.attempts) as update:
-        for _ in range(watch.timing.attempts):
-            limit = min(max(limit, least * (1 + 1e-9)), whole)
-            plan = search.choose(Budget(kind="latency_ms", value=limit), watch.model)
-            if any(plan.groups == t.plan.groups for t in tries):
+    whole, least = span.whole(watch.model), span.least(watch.model) * (1 + 1e-9)
+    tolerance, attempts = watch.timing.tolerance, watch.timing.attempts
+    limit, tries = target_share(budget, watch.dense_ms) * whole, list[_Try]()
+    with (reporter or Silent()).stage(f"plan and time in {watch.runtime.name}", attempts) as update:
+        for _ in range(attempts):
+            goal = target_share(budget, watch.dense_ms)
+            fresh = _fresh(
+                lambda ms: choose(Budget(kind="latency_ms", value=ms), watch.model),
+                tries,
+                limit,
+                goal,
+                (least, whole),
+            )
+            if fresh is None:
                 break
-            network = search.build(plan)
-            tries.append(_Try(limit=limit, plan=plan, seen=watch.compare(network)))
-            if _off(tries[-1], search, watch) <= watch.timing.tolerance:
+            network = build(fresh[1])
+            tries.append(_Try(limit=fresh[0], plan=fresh[1], seen=watch.compare(network)))
+            if tries[-1].off(goal) <= tolerance:
                 tries[-1].seen, tries[-1].verified = watch.compare(network, effort=2.0), True
-            share = tries[-1].seen.share
+            share, goal = tries[-1].seen.share, target_share(budget, watch.dense_ms)
             update(note=f"{share * watch.dense_ms:.3g} of {watch.dense_ms:.3g} ms")
-            if tries[-1].verified and _off(tries[-1], search, watch) <= watch.timing.tolerance:
+            if tries[-1].verified and tries[-1].off(goal) <= tolerance:
                 break
-            limit = _next_limit(tries, target_share(search.budget, watch.dense_ms))
-    best = min(tries, key=lambda t: _off(t, search, watch))
+            limit = _next_limit(tries, goal)
+    best = min(tries, key=lambda t: t.off(target_share(budget, watch.dense_ms)))
     if not best.verified:
-        best.seen = watch.compare(search.build(best.plan), effort=2.0)
-    share, goal = best.seen.share, target_share(search.budget, watch.dense_ms)
-    if best.limit <= least * (1 + 1e-6) and share > goal * (1 + watch.timing.tolerance):
-        raise BudgetError(_unreachable(watch, search, share, "takes"))
-    told = predicted(search.groups, search.left, watch.model, best.plan) / whole
+        best.seen = watch.compare(build(best.plan), effort=2.0)
+    goal = target_share(budget, watch.dense_ms)
+    if best.limit <= least * (1 + 1e-6) and best.seen.share > goal * (1 + tolerance):
+        raise BudgetError(_unreachable(watch, budget, span, best.seen.share, takes="takes"))
+    told = span.share(watch.model, best.plan)
     return replace(best.plan, latency=_record(watch, best, goal, told, len(tries)))
+
+
+def _fresh(
+    choose: Callable[[float], Plan],
+    tries: Sequence[_Try],
+    limit: float,
+    goal: float,
+    bounds: tuple[float, float],
+) -> tuple[float, Plan] | None:
+    """Return a limit near the wanted one, and its plan, that was not timed yet; None where there is no other plan.
+
+    Several limits give the same plan; the next one is sought on the side where the target is.
+    """
+    for _ in range(NUDGES):
+        limit = min(max(limit, bounds[0]), bounds[1])
+        plan = choose(limit)
+        same = next((t for t in tries if t.plan.groups == plan.groups), None)
+        if same is None:
+            return limit, plan
+        step = 0.98 if same.seen.share > goal else 1.02
+        if not bounds[0] <= limit * step <= bounds[1]:
+            return None
+        limit *= step
+    return None
 
 
 def _record(watch: Stopwatch, best: _Try, goal: float, told: float, attempts: int) -> PlannedLatency:
@@ -244,11 +300,6 @@ def _record(watch: Stopwatch, best: _Try, goal: float, told: float, attempts: in
         attempts=attempts,
         tolerance=watch.timing.tolerance,
     )
-
-
-def _off(one: _Try, search: Search, watch: Stopwatch) -> float:
-    """Return how far a measurement is from the target, as a fraction of it."""
-    return abs(one.seen.share / target_share(search.budget, watch.dense_ms) - 1)
 
 
 def _next_limit(tries: Sequence[_Try], goal: float) -> float:
@@ -299,11 +350,13 @@ def choose_rounding(
     listed = ", ".join(f"{r}: {ms:.3g}" for r, ms in cost.items())
     left_out = [str(r) for r in CANDIDATES if r not in allowed]
     reason = (
-        f"--round-to auto took {chosen}: milliseconds per GMAC of this network's layers at half width in {runtime.name}, "
-        f"threads {timing.threads}: {listed}; the smallest within {SLACK:.0%} of the least"
+        f"--round-to auto took {chosen}: milliseconds per GMAC of this network's layers at half width in "
+        f"{runtime.name}, threads {timing.threads}: {listed}; the smallest within {SLACK:.0%} of the least"
     )
     if left_out:
-        reason += f"; {', '.join(left_out)} would leave the usual group of {usual:.0f} channels too few widths"
+        reason += (
+            f"; {', '.join(left_out)} would leave the usual group of {usual:.0f} channels too few widths"
+        )
     return Rounding(round_to=chosen, ms_per_gmac=cost, reason=reason)
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +60,7 @@ def run_recipe(
     *,
     command: str,
     device: str = "auto",
+    statistics: Path | None = None,
     reporter: measure.Reporter | None = None,
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
@@ -71,6 +73,7 @@ def run_recipe(
         folder: Where the files go; made where it is missing.
         command: The command line, for the report.
         device: Where to compute.
+        statistics: The statistics file of an earlier run of the same model, data and seed; measured where None.
         reporter: Shows progress.
 
     Raises:
@@ -90,8 +93,10 @@ def run_recipe(
     dense, data = _opened(recipe)
     found = measure.structure(dense)
     rounding = resolve_rounding(recipe.apply.round_to, dense, found, timing, show)
-    widths = {"round_to": rounding, "min_channels": recipe.apply.min_channels}
-    if folds is None and not budget.timed:  # what is folded, and so what is left to cut, is known after the analysis
+    widths: dict[str, Any] = {"round_to": rounding, "min_channels": recipe.apply.min_channels}
+    if (
+        folds is None and not budget.timed
+    ):  # what is folded, and so what is left to cut, is known after the analysis
         costs = layer_costs(dense.module, found.cost.per_layer)
         check_budget(found.couplings, costs, budget, **widths, hidden=hidden)
     make_folder(folder)
@@ -104,10 +109,9 @@ def run_recipe(
 
     first = evaluated("dense", dense, 0.0)
     clock = time.perf_counter()
-    statistics: Statistics | None = None
-    if found.sites:
-        statistics = measure.analyze(dense, data, device=target, seed=recipe.seed, reporter=show)
-        statistics.save(folder / "statistics.safetensors")
+    gates = _gates(dense, found, data, statistics, seed=recipe.seed, device=target, show=show)
+    if gates is not None:
+        gates.save(folder / "statistics.safetensors")
     chosen = jobs.plan(
         dense,
         found,
@@ -115,7 +119,7 @@ def run_recipe(
         criterion=recipe.apply.criterion,
         device=target,
         data=data,
-        statistics=statistics,
+        statistics=gates,
         **widths,
         hidden=hidden,
         repair=recipe.apply.repair,
@@ -174,10 +178,8 @@ def run_recipe(
         stages=tuple(stages),
         paired=paired(first, last, data.test),
         latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
-        sites=() if statistics is None else summarise(statistics),
-        profiles=()
-        if statistics is None
-        else tuple(profile(statistics, site.name) for site in statistics.sites[:PROFILES]),
+        sites=() if gates is None else summarise(gates),
+        profiles=() if gates is None else tuple(profile(gates, site.name) for site in gates.sites[:PROFILES]),
         exported=exported,
     )
     files["run"] = folder / "run.json"
@@ -193,6 +195,24 @@ def _opened(recipe: RunRecipe) -> tuple[Network, DataSource]:
     data, model = open_data(recipe.data), recipe.model
     dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
     return for_classes(dense, data, recipe.apply.classes) if recipe.apply.classes else (dense, data)
+
+
+def _gates(
+    dense: Network,
+    found: measure.Structure,
+    data: DataSource,
+    earlier: Path | None,
+    *,
+    seed: int,
+    device: torch.device,
+    show: measure.Reporter,
+) -> Statistics | None:
+    """Return the statistics: those of an earlier run, or measured; None where there are no gates."""
+    if not found.sites:
+        return None
+    if earlier is not None:
+        return Statistics.load(earlier)
+    return measure.analyze(dense, data, device=device, seed=seed, reporter=show)
 
 
 def step_note(log: StepLog) -> str:

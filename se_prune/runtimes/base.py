@@ -32,8 +32,8 @@ class Runtime:
     """How to run and time networks somewhere.
 
     `open` takes a source, a batch (N, C, H, W) and CPU threads, and returns what runs the batch once. `profile` returns
-    the time of every operation over so many runs (None: the runtime has no profiler); `layers` the milliseconds of single
-    layers, for a batch size and threads. `package` is the distribution whose version a measured table belongs to.
+    the time of every operation over so many runs (None: the runtime has no profiler); `layers` the milliseconds of
+    single layers, for a batch size and threads. A measured table belongs to a version of the distribution `package`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Runtime:
     profile: Callable[[Source, torch.Tensor, int, int], tuple[OperationTime, ...]] | None = None
 
     def source(self, network: Network, folder: Path, name: str, images: torch.Tensor) -> Source:
-        """Return what this runtime opens of a network; a file `NAME.onnx` in `folder` is written where it is missing."""
+        """Return what this runtime opens of a network; `NAME.onnx` in `folder` is written where it is missing."""
         if self.form == "torch":
             return network.module.eval()
         path = folder / f"{name}.onnx"

@@ -23,6 +23,7 @@ from se_prune.runtimes.base import Runtime, Source
 from se_prune.runtimes.memory import peak_memory
 from se_prune.runtimes.table import shapes_of
 from se_prune.timing import LayerShape
+from se_prune.zoo import registry
 
 WARMUP = 5
 RESAMPLES = 1000
@@ -78,7 +79,7 @@ def bench(
     rows: list[BenchRow] = []
     with tempfile.TemporaryDirectory() as folder:
         for setting in settings:
-            rows += _rows(networks, setting, Path(folder), rounds, memory, device)
+            rows += _rows(networks, setting, Path(folder), rounds=rounds, memory=memory, device=device)
             if on_setting is not None:
                 on_setting(1)
     return tuple(rows)
@@ -88,6 +89,7 @@ def _rows(
     networks: Sequence[tuple[str, Network]],
     setting: Setting,
     folder: Path,
+    *,
     rounds: int,
     memory: bool,
     device: torch.device | None,
@@ -198,8 +200,14 @@ def _aligned(setting: Setting, shapes: set[LayerShape]) -> dict[LayerShape, floa
     pairs = {shape: larger for shape in shapes if (larger := aligned(shape)) != shape}
     if not pairs:
         return {}
-    timed = setting.runtime.layers([s for pair in pairs.items() for s in pair], setting.batch, setting.threads)
+    timed = setting.runtime.layers(
+        [s for pair in pairs.items() for s in pair], setting.batch, setting.threads
+    )
     return {shape: timed[2 * i + 1] / timed[2 * i] for i, shape in enumerate(pairs)}
+
+
+def _up(width: int) -> int:
+    return -(-width // ALIGNED) * ALIGNED
 
 
 def aligned(shape: LayerShape) -> LayerShape:
@@ -208,9 +216,41 @@ def aligned(shape: LayerShape) -> LayerShape:
     Widths up to 3 are images, a grouped convolution needs multiples of its groups, and a linear layer's outputs may be
     classes.
     """
-    up = lambda width: -(-width // ALIGNED) * ALIGNED  # noqa: E731
     if shape.groups > 1 and not shape.depthwise:
         return shape
-    into = shape.into if shape.into <= 3 else up(shape.into)
-    out = shape.out if shape.kind == "linear" else up(shape.out)
+    into = shape.into if shape.into <= 3 else _up(shape.into)
+    out = shape.out if shape.kind == "linear" else _up(shape.out)
     return shape.at(into, into if shape.depthwise else out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alignment:
+    """What widths off multiples of 8 cost: the layers that have one, their time, and that of the next multiples."""
+
+    layers: int
+    ms: float
+    aligned_ms: float
+    whole_ms: float
+
+
+def alignment(operations: Sequence[OperationTime]) -> Alignment:
+    """Sum up a profile."""
+    off = [o for o in operations if o.aligned_ms is not None]
+    return Alignment(
+        layers=len(off),
+        ms=sum(o.ms for o in off),
+        aligned_ms=sum(o.aligned_ms or 0.0 for o in off),
+        whole_ms=sum(o.ms for o in operations),
+    )
+
+
+def against_dense(network: Network) -> Network | None:
+    """Return the dense network that a cut or folded artifact came from, with random weights: it takes the same time.
+
+    None where nothing was cut, or the architecture was a module in hand.
+    """
+    header = network.header
+    if not (header.geometry or header.folded) or header.arch.ref == artifact.IN_HAND:
+        return None
+    dense = registry.build(header.arch).eval()
+    return Network(module=dense, header=replace(header, geometry={}, folded={}, plan=None))

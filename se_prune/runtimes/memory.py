@@ -19,8 +19,8 @@ SECONDS = 600
 def peak_memory(runtime: str, file: Path, input_size: tuple[int, int, int], batch: int, threads: int) -> int:
     """Return the bytes of resident memory that running a network takes, above a process that only loaded the runtime.
 
-    Weights, activations and the runtime's own buffers while it runs; what opening the file took and gave back is left out
-    where the system can tell (Linux).
+    Weights, activations and the runtime's own buffers while it runs; what opening the file took and gave back is left
+    out where the system can tell (Linux).
 
     Raises:
         SePruneError: The process ended without an answer; the message holds its last line.

@@ -159,9 +159,7 @@ def _parts(shapes: Sequence[LayerShape]) -> Iterator[list[LayerShape]]:
         yield part
 
 
-def _bank(
-    shapes: Sequence[LayerShape], batch: int
-) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
+def _bank(shapes: Sequence[LayerShape], batch: int) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
     """Return a graph of unconnected layers, the i-th of which writes `y{i}`, and its inputs."""
     from onnx import TensorProto, helper, numpy_helper
 

@@ -73,21 +73,24 @@ def _shape(layer: nn.Module, output: torch.Tensor) -> LayerShape:
         rows = output.numel() // layer.out_features
         return LayerShape(kind="linear", into=layer.in_features, out=layer.out_features, size=(rows, 1))
     assert isinstance(layer, nn.Conv2d)
-    pair = lambda value: (int(value[0]), int(value[1]))  # noqa: E731
     shape = LayerShape(
         kind="conv",
         into=layer.in_channels,
         out=layer.out_channels,
-        size=pair(output.shape[2:]),
-        kernel=pair(layer.kernel_size),
-        stride=pair(layer.stride),
-        dilation=pair(layer.dilation),
+        size=_pair(output.shape[2:]),
+        kernel=_pair(layer.kernel_size),
+        stride=_pair(layer.stride),
+        dilation=_pair(layer.dilation),
         groups=layer.groups,
     )
     if isinstance(layer.padding, str):
         return shape
-    padded = replace(shape, padding=pair(layer.padding))
+    padded = replace(shape, padding=_pair(layer.padding))
     return padded if min(padded.input_size) > 0 else shape
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    return int(value[0]), int(value[1])
 
 
 def widths(width: int, round_to: int, groups: int = 1) -> tuple[int, ...]:
@@ -200,7 +203,7 @@ def latency_model(
     inside: dict[str, float] = {}
     others: list[float] = []
     for operation in operations:
-        if operation.layer in shapes:
+        if operation.layer is not None and operation.layer in shapes:
             inside[operation.layer] = inside.get(operation.layer, 0.0) + operation.ms
         else:
             others.append(operation.ms)

@@ -45,7 +45,9 @@ def command(
     latency_ms: Annotated[
         float | None, typer.Option(help="Milliseconds that one image may take; measured.")
     ] = None,
-    runtime: Annotated[str, typer.Option(help="Where latency is measured: onnxruntime, torch.")] = "onnxruntime",
+    runtime: Annotated[
+        str, typer.Option(help="Where latency is measured: onnxruntime, torch.")
+    ] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="CPU threads on which latency is measured.")] = 1,
     data: OptionalData = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics file of `analyze`.")] = None,
