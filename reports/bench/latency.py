@@ -20,6 +20,7 @@ from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import count_cost, interleaved
 from se_prune.device import processor
+from se_prune.errors import BudgetError
 from se_prune.gates.sites import find_sites
 from se_prune.pipeline import Structure, Timing, choose_rounding, example_input, plan, structure
 from se_prune.records import Budget
@@ -139,25 +140,31 @@ def _budget(ref: str, round_to: int) -> dict[str, Any]:
     found = structure(network)
     auto = choose_rounding(network, found, Timing())
     started = time.perf_counter()
-    chosen = plan(
-        network,
-        found,
-        Budget(kind="latency", value=HALF),
-        criterion="l2",
-        device=CPU,
-        round_to=round_to,
-        repair="none",
-    )
-    assert chosen.latency is not None
-    return {
+    row = {
         "what": "budget",
         "network": ref,
         "round_to": round_to,
+        "auto": {"round_to": auto.round_to, "ms_per_gmac": auto.ms_per_gmac},
+    }
+    try:
+        chosen = plan(
+            network,
+            found,
+            Budget(kind="latency", value=HALF),
+            criterion="l2",
+            device=CPU,
+            round_to=round_to,
+            repair="none",
+        )
+    except BudgetError as error:
+        return {**row, "within": False, "refused": str(error)}
+    assert chosen.latency is not None
+    return {
+        **row,
         "seconds": time.perf_counter() - started,
         "macs": chosen.macs_after / chosen.macs_before,
         "within": chosen.latency.within,
         "latency": to_dict(chosen.latency),
-        "auto": {"round_to": auto.round_to, "ms_per_gmac": auto.ms_per_gmac},
     }
 
 
@@ -167,7 +174,7 @@ def report() -> None:
     halves = [row for row in rows if row["what"] == "halves"]
     budgets = [row for row in rows if row["what"] == "budget"]
     body = "# Latency\n\nonnxruntime, batch 1, one thread, random images; networks run in turn, ratios are of medians, "
-    body += "with 95 % bootstrap intervals over rounds. The machine did other work at the same time.\n"
+    body += "with 95 % bootstrap intervals over rounds. Other work on the machine falls on all alike.\n"
     for row in halves:
         body += _halves_text(row)
     if budgets:
@@ -178,8 +185,8 @@ def report() -> None:
 def _halves_text(row: dict[str, Any]) -> str:
     text = f"\n## {row['network']} at half of its MACs\n\n224×224, random weights, {row['processor']}, "
     text += (
-        f"{row['rounds']} rounds. Ours: channels by L2 norm. torch-pruning: `MagnitudePruner`, one ratio in every layer, "
-        "tuned to the nearest to half of the MACs.\n\n"
+        f"{row['rounds']} rounds. Ours: channels by L2 norm. torch-pruning: `MagnitudePruner`, one ratio in every "
+        "layer, tuned to the nearest to half of the MACs.\n\n"
     )
     return text + markdown_table(
         ["network", "MACs", "median", "as fast", "95 % interval"],
@@ -201,8 +208,8 @@ def _budgets_text(rows: list[dict[str, Any]]) -> str:
     text = f'\n## Half of the latency as the budget\n\nWithin 5 % of it: {met} of {len(rows)}. "predicted" is what '
     text += (
         'the table of layer times says of the final plan without correction; "measured" the ratio of medians of the '
-        "final network and the dense one, from a measurement of its own. `auto`: milliseconds per GMAC of the network's "
-        "layers at half width, by multiple, and what `--round-to auto` takes.\n\n"
+        "final network and the dense one, from a measurement of its own. `auto`: milliseconds per GMAC of the "
+        "network's layers at half width, by multiple, and what `--round-to auto` takes.\n\n"
     )
     head = [
         "network",
@@ -217,6 +224,9 @@ def _budgets_text(rows: list[dict[str, Any]]) -> str:
     ]
     table = []
     for row in rows:
+        if "refused" in row:
+            table.append([row["network"], str(row["round_to"]), row["refused"], "", "", "", "no", "", ""])
+            continue
         timed = row["latency"]
         table.append(
             [

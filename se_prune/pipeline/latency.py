@@ -55,15 +55,13 @@ class Timing:
     tolerance: float = 0.05
     attempts: int = 6
 
-    def opened(self) -> Runtime:
-        """Return the runtime.
-
-        Raises:
-            UsageError: There is none of that name, or a number is below 1.
-        """
+    def __post_init__(self) -> None:
+        """Refuse a runtime that there is not, and numbers below 1."""
+        require_runtime(self.runtime)
         if min(self.threads, self.batch, self.attempts) < 1:
-            raise UsageError(f"threads and batch must be at least 1, got {self.threads} and {self.batch}.")
-        return require_runtime(self.runtime)
+            raise UsageError(
+                f"threads, batch and attempts must be at least 1, got {self.threads}, {self.batch} and {self.attempts}."
+            )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +108,7 @@ def stopwatch(
         UsageError: The runtime is unknown.
         SePruneError: The network cannot be exported for it.
     """
-    runtime, show = timing.opened(), reporter or Silent()
+    runtime, show = require_runtime(timing.runtime), reporter or Silent()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(timing.batch, *network.header.preprocessing.input_size, generator=generator)
     with (
@@ -332,7 +330,7 @@ def choose_rounding(
     candidates that leave the median group at least `CHOICES` widths, the smallest within `SLACK` of the least time per
     MAC is taken: finer widths follow the scores more closely.
     """
-    runtime = timing.opened()
+    runtime = require_runtime(timing.runtime)
     sizes = [c.group.channels for c in found.couplings if c.group.prunable and c.group.kind != "hidden"]
     usual = statistics.median(sizes) if sizes else 1
     allowed = [r for r in CANDIDATES if r == 1 or CHOICES * r <= usual]

@@ -84,7 +84,6 @@ def run_recipe(
     budget = table_budget(recipe.apply, folds=folds is not None)
     check_ranges(budget, first_rounding(recipe.apply.round_to), recipe.apply.min_channels)
     timing = Timing(runtime=recipe.apply.runtime, threads=recipe.apply.threads)
-    timing.opened()
     hidden = recipe.apply.hidden
     find(recipe.apply.criterion)
     for name in recipe.export:

@@ -113,7 +113,6 @@ def command(
     )
     rounding, timing = parse_round_to(round_to), pipeline.Timing(runtime=runtime, threads=threads)
     check_ranges(budget, 1 if rounding == "auto" else rounding, min_channels)
-    timing.opened()
     if output is None and not dry_run:
         raise UsageError(
             "give -o OUT.safetensors for the pruned network, or --dry-run to see the plan alone."
