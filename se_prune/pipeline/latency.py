@@ -301,14 +301,16 @@ def _record(watch: Stopwatch, best: _Try, goal: float, told: float, attempts: in
 
 
 def _next_limit(tries: Sequence[_Try], goal: float) -> float:
-    """Return what to plan for next: between the nearest attempts above and below, else in proportion to the nearest."""
+    """Return what to plan for next: between the nearest attempts above and below, else on from the nearest."""
     above = [t for t in tries if t.seen.share > goal]
     below = [t for t in tries if t.seen.share <= goal]
     if above and below:
         high, low = min(above, key=lambda t: t.seen.share), max(below, key=lambda t: t.seen.share)
         part = (goal - low.seen.share) / (high.seen.share - low.seen.share)
         return low.limit + min(max(part, 0.1), 0.9) * (high.limit - low.limit)
-    nearest = min(tries, key=lambda t: abs(t.seen.share - goal))
+    nearest, *rest = sorted(tries, key=lambda t: abs(t.seen.share - goal))
+    if rest and (slope := (nearest.seen.share - rest[0].seen.share) / (nearest.limit - rest[0].limit)) > 0:
+        return nearest.limit + (goal - nearest.seen.share) / slope
     return nearest.limit * goal / nearest.seen.share
 
 
