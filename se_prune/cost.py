@@ -338,11 +338,8 @@ def measure_latency(
     target = torch.device(device)
     with _threads(threads):
         used = torch.get_num_threads()
-        for _ in range(warmup):
-            for _, run in models:
-                _milliseconds(run, target)
-        times = [[_milliseconds(run, target) for _, run in models] for _ in range(rounds)]
-    first = [round_[0] for round_ in times]
+        times = interleaved([run for _, run in models], rounds, warmup, device=target)
+    first = times[0]
     return tuple(
         Latency(
             runtime=runtime,
@@ -351,12 +348,23 @@ def measure_latency(
             batch_size=batch_size,
             rounds=rounds,
             median_ms=statistics.median(own),
-            p10_ms=_percentile(own, 0.1),
-            p90_ms=_percentile(own, 0.9),
+            p10_ms=percentile(own, 0.1),
+            p90_ms=percentile(own, 0.9),
             ratio=statistics.median(a / b for a, b in zip(first, own, strict=True)),
         )
-        for (runtime, _), own in zip(models, zip(*times, strict=True), strict=True)
+        for (runtime, _), own in zip(models, times, strict=True)
     )
+
+
+def interleaved(
+    runners: Sequence[Callable[[], None]], rounds: int, warmup: int, *, device: torch.device
+) -> list[list[float]]:
+    """Run in turn (A B A B …); return per runner the milliseconds of each round, warm-ups left out."""
+    for _ in range(warmup):
+        for run in runners:
+            _milliseconds(run, device)
+    times = [[_milliseconds(run, device) for run in runners] for _ in range(rounds)]
+    return [list(own) for own in zip(*times, strict=True)]
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
@@ -374,7 +382,7 @@ def _synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _percentile(values: Sequence[float], share: float) -> float:
+def percentile(values: Sequence[float], share: float) -> float:
     """Return a quantile with linear interpolation between the two nearest values."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import sys
+from pathlib import Path
+
 import torch
 
 from se_prune.errors import UsageError
@@ -31,3 +35,15 @@ def choose_device(name: str = "auto") -> torch.device:
 def inference_batch(device: torch.device) -> int:
     """Return how many images to run at once: small batches stay in a CPU's cache, large ones fill a GPU."""
     return 64 if device.type == "cpu" else 256
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    if sys.platform == "linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            return platform.machine()
+    return platform.processor() or platform.machine()

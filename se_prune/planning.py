@@ -26,6 +26,7 @@ from se_prune.records import (
     Plan,
     Scores,
 )
+from se_prune.timing import LatencyModel, LayerTimes
 
 #: A group keeps at least this share of its channels, whatever the scores say.
 FLOOR_SHARE = 1 / 16
@@ -36,6 +37,7 @@ COST_POWER = 0.75
 
 @dataclass(slots=True, kw_only=True)
 class _Layer:
+    name: str
     cost: LayerCost
     into: list[tuple[int, int]]  # (group, channels of the layer's input per channel of the group)
     out: list[tuple[int, int]]
@@ -48,6 +50,7 @@ class _Problem:
     options: list[tuple[int, ...]]  # allowed numbers of kept channels, descending, per group
     leader: list[int | None]  # the group whose width a hidden group follows
     hidden: HiddenPolicy
+    times: LayerTimes | None = None
 
     def follows(self, number: int) -> bool:
         """Say whether a group's width is not the planner's choice."""
@@ -63,6 +66,7 @@ def make_plan(
     round_to: int = 1,
     min_channels: int = 2,
     hidden: HiddenPolicy = "tie",
+    times: LatencyModel | None = None,
 ) -> Plan:
     """Choose the channels that leave.
 
@@ -74,13 +78,14 @@ def make_plan(
         round_to: Cut groups keep a multiple of this many channels (hidden units are not rounded).
         min_channels: No group keeps fewer, unless it has fewer.
         hidden: What hidden units do.
+        times: What a budget of latency is counted with; such a budget needs it.
 
     Raises:
         UsageError: The budget or an option is out of range.
         BudgetError: The floors do not allow the budget; the message says what is reachable.
     """
     problem, target = _reachable(
-        couplings, costs, budget, round_to=round_to, min_channels=min_channels, hidden=hidden
+        couplings, costs, budget, round_to=round_to, min_channels=min_channels, hidden=hidden, times=times
     )
     kept = _fill(problem, budget, target, _descend(problem, budget, target, scores), scores)
     chosen = _plan(problem, scores, budget, kept, round_to=round_to, min_channels=min_channels)
@@ -95,6 +100,7 @@ def check_budget(
     round_to: int = 1,
     min_channels: int = 2,
     hidden: HiddenPolicy = "tie",
+    times: LatencyModel | None = None,
 ) -> None:
     """Check, before anything is measured, that `make_plan` can meet a budget; arguments and errors are its own.
 
@@ -102,7 +108,35 @@ def check_budget(
         UsageError: The budget or an option is out of range.
         BudgetError: The floors do not allow the budget; the message says what is reachable.
     """
-    _reachable(couplings, costs, budget, round_to=round_to, min_channels=min_channels, hidden=hidden)
+    _reachable(
+        couplings, costs, budget, round_to=round_to, min_channels=min_channels, hidden=hidden, times=times
+    )
+
+
+def fastest(
+    couplings: Sequence[Coupling],
+    costs: Mapping[str, LayerCost],
+    times: LatencyModel,
+    *,
+    round_to: int = 1,
+    min_channels: int = 2,
+    hidden: HiddenPolicy = "tie",
+) -> float:
+    """Return the milliseconds of the network with every group at its floor, as the table says."""
+    problem = _problem(couplings, costs, round_to, min_channels, hidden, times=times)
+    return _latency(problem, [options[-1] for options in problem.options])
+
+
+def predicted(
+    couplings: Sequence[Coupling],
+    costs: Mapping[str, LayerCost],
+    times: LatencyModel,
+    plan: Plan | None = None,
+) -> float:
+    """Return the milliseconds of a plan's network, or of the dense one, as the table says."""
+    problem = _problem(couplings, costs, 1, 1, "prune", times=times)
+    gone = {group.name: len(group.removed) for group in plan.groups} if plan else {}
+    return _latency(problem, [c.group.channels - gone.get(c.group.name, 0) for c in problem.couplings])
 
 
 def _reachable(
@@ -113,17 +147,20 @@ def _reachable(
     round_to: int,
     min_channels: int,
     hidden: HiddenPolicy,
+    times: LatencyModel | None,
 ) -> tuple[_Problem, float]:
     """Return the problem and what may be left of its measure."""
     check_ranges(budget, round_to, min_channels)
-    problem = _problem(couplings, costs, round_to, min_channels, hidden)
+    problem = _problem(couplings, costs, round_to, min_channels, hidden, times=times)
     if all(c.group.kind == "hidden" for c in problem.couplings):
-        raise BudgetError(f"--{budget.kind} {budget.value:g} cannot be met: no channel group can be cut.")
+        raise BudgetError(f"{budget.option} cannot be met: no channel group can be cut.")
     full = [c.group.channels for c in problem.couplings]
     target = _target(problem, budget, full)
     smallest = _widths(problem, [options[-1] for options in problem.options])
     if _measure(problem, budget, smallest) > target:
-        reach = _measure(problem, budget, smallest) / _measure(problem, budget, full)
+        reach = _measure(problem, budget, smallest)
+        if budget.kind != "latency_ms":
+            reach /= _measure(problem, budget, full)
         raise BudgetError(_unreachable(budget, reach, round_to, min_channels))
     return problem, target
 
@@ -134,10 +171,13 @@ def check_ranges(budget: Budget, round_to: int, min_channels: int) -> None:
     Raises:
         UsageError: The budget or an option is out of range.
     """
+    option = budget.option.split()[0]
+    if budget.kind == "latency_ms" and not 0 < budget.value < math.inf:
+        raise UsageError(f"{option} must be above 0 milliseconds and finite, got {budget.value:g}.")
     low_open = budget.kind != "sparsity"
-    if not (0 < budget.value <= 1 if low_open else 0 <= budget.value < 1):
+    if budget.kind != "latency_ms" and not (0 < budget.value <= 1 if low_open else 0 <= budget.value < 1):
         allowed = "above 0 and at most 1" if low_open else "at least 0 and below 1"
-        raise UsageError(f"--{budget.kind} must be {allowed}, got {budget.value:g}; 0.5 halves the network.")
+        raise UsageError(f"{option} must be {allowed}, got {budget.value:g}; 0.5 halves the network.")
     if round_to < 1 or min_channels < 1:
         raise UsageError(
             f"--round-to and --min-channels must be at least 1, got {round_to} and {min_channels}."
@@ -150,7 +190,7 @@ def _unreachable(budget: Budget, reach: float, round_to: int, min_channels: int)
         most = math.floor((1 - reach) * 1000) / 1000
         return f"--sparsity {budget.value:g} cannot be met: with {floors} at most {most:g} is reachable."
     least = math.ceil(reach * 1000) / 1000
-    return f"--{budget.kind} {budget.value:g} cannot be met: with {floors} at least {least:g} must stay."
+    return f"{budget.option} cannot be met: with {floors} at least {least:g} must stay."
 
 
 def _problem(
@@ -159,16 +199,18 @@ def _problem(
     round_to: int,
     min_channels: int,
     hidden: HiddenPolicy,
+    *,
+    times: LatencyModel | None = None,
 ) -> _Problem:
     chosen = tuple(c for c in couplings if c.group.prunable)
-    layers = {name: _Layer(cost=cost, into=[], out=[]) for name, cost in costs.items()}
+    layers = {name: _Layer(name=name, cost=cost, into=[], out=[]) for name, cost in costs.items()}
     for number, coupling in enumerate(chosen):
         for piece in coupling.slices:
             if piece.layer not in layers:
                 continue
-            times = max(1, len(piece.index) // coupling.group.channels)
+            copies = max(1, len(piece.index) // coupling.group.channels)
             side = layers[piece.layer].into if piece.role == "in" else layers[piece.layer].out
-            side.append((number, times))
+            side.append((number, copies))
     leader = [_leader(coupling, chosen) for coupling in chosen]
     return _Problem(
         couplings=chosen,
@@ -178,6 +220,7 @@ def _problem(
         ],
         leader=leader,
         hidden=hidden,
+        times=None if times is None else LayerTimes.of(times, costs),
     )
 
 
@@ -213,12 +256,18 @@ def _widths(problem: _Problem, kept: Sequence[int]) -> list[int]:
     return widths
 
 
+def _layer_widths(problem: _Problem, layer: _Layer, widths: Sequence[int]) -> tuple[int, int]:
+    """Return the channels in and out of one layer at the given widths."""
+    groups = problem.couplings
+    out = layer.cost.out_channels - sum((groups[g].group.channels - widths[g]) * t for g, t in layer.out)
+    into = layer.cost.in_channels - sum((groups[g].group.channels - widths[g]) * t for g, t in layer.into)
+    return into, out
+
+
 def _layer_cost(problem: _Problem, layer: _Layer, widths: Sequence[int]) -> tuple[int, int]:
     """Return (MACs, parameters) of one layer at the given widths."""
     cost = layer.cost
-    groups = problem.couplings
-    out = cost.out_channels - sum((groups[g].group.channels - widths[g]) * t for g, t in layer.out)
-    into = cost.in_channels - sum((groups[g].group.channels - widths[g]) * t for g, t in layer.into)
+    into, out = _layer_widths(problem, layer, widths)
     share_out = cost.out_channels or 1
     weights = cost.weights * out // share_out
     macs = cost.macs * out // share_out
@@ -234,8 +283,18 @@ def _totals(problem: _Problem, kept: Sequence[int]) -> tuple[int, int]:
     return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 
 
-def _measure(problem: _Problem, budget: Budget, kept: Sequence[int]) -> int:
-    """Return what the budget counts: channels kept, MACs or parameters."""
+def _latency(problem: _Problem, kept: Sequence[int]) -> float:
+    """Return milliseconds, as the table says."""
+    assert problem.times is not None, "a budget of latency comes with a table"
+    widths, times = _widths(problem, kept), problem.times
+    layers = sum(times.at(layer.name, *_layer_widths(problem, layer, widths)) for layer in problem.layers)
+    return layers + times.model.fixed_ms
+
+
+def _measure(problem: _Problem, budget: Budget, kept: Sequence[int]) -> float:
+    """Return what the budget counts: channels kept, MACs, parameters or milliseconds."""
+    if budget.timed:
+        return _latency(problem, kept)
     if budget.kind == "sparsity":
         return sum(k for k, c in zip(kept, problem.couplings, strict=True) if c.group.kind != "hidden")
     macs, params = _totals(problem, kept)
@@ -243,6 +302,8 @@ def _measure(problem: _Problem, budget: Budget, kept: Sequence[int]) -> int:
 
 
 def _target(problem: _Problem, budget: Budget, full: Sequence[int]) -> float:
+    if budget.kind == "latency_ms":
+        return budget.value
     fraction = 1 - budget.value if budget.kind == "sparsity" else budget.value
     return fraction * _measure(problem, budget, full) + 1e-6
 
@@ -266,7 +327,8 @@ def _steps(problem: _Problem, scores: Scores) -> list[tuple[float, int, int]]:
 
     A step's score is the mean over the channels it removes, and never lower than an earlier step's of its
     group. Comparable scores are shares of a signal: they are taken relative to what the group still has of
-    it (the last channels of a layer are dear), and per `COST_POWER` of the MACs that the channel costs.
+    it (the last channels of a layer are dear), and per `COST_POWER` of the MACs, or of the milliseconds where they are
+    what the budget counts, that the channel costs.
     """
     steps = []
     for number, coupling in enumerate(problem.couplings):
@@ -289,15 +351,19 @@ def _steps(problem: _Problem, scores: Scores) -> list[tuple[float, int, int]]:
 
 
 def _saving(problem: _Problem, number: int) -> float:
-    """Return the share of the dense MACs that one channel of a group is worth."""
+    """Return the share of the dense MACs (or milliseconds) that one channel of a group is worth."""
+
+    def price(kept: Sequence[int]) -> float:
+        return _totals(problem, kept)[0] if problem.times is None else _latency(problem, kept)
+
     full = [c.group.channels for c in problem.couplings]
     without = list(full)
     without[number] = problem.options[number][-1]
     lost = full[number] - without[number]
     if lost == 0:
         return 1.0
-    dense = _totals(problem, full)[0]
-    return max(1e-12, (dense - _totals(problem, without)[0]) / lost / max(1, dense))
+    dense = price(full)
+    return max(1e-12, (dense - price(without)) / lost / (dense or 1.0))
 
 
 def _descend(problem: _Problem, budget: Budget, target: float, scores: Scores) -> list[int]:

@@ -30,14 +30,21 @@ class ModelTable:
 
 @record
 class ApplyTable:
-    """`[apply]`: exactly one of the budgets (or none, where gates are folded alone), and how to cut and fold."""
+    """`[apply]`: exactly one of the budgets (or none, where gates are folded alone), and how to cut and fold.
+
+    `latency` (a fraction) and `latency_ms` are of one image in `runtime` on so many CPU `threads`.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     sparsity: float | None = None
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+    runtime: str = "onnxruntime"
+    threads: int = 1
     criterion: str = "excitation"
-    round_to: int = 1
+    round_to: int | Literal["auto"] = 1
     min_channels: int = 2
     hidden: HiddenPolicy = "tie"
     classes: tuple[str, ...] = ()
@@ -103,27 +110,61 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def budget_of(
-    sparsity: float | None, macs: float | None, params: float | None, *, folds: bool = False
+    sparsity: float | None,
+    macs: float | None,
+    params: float | None,
+    *,
+    latency: float | None = None,
+    latency_ms: float | None = None,
+    folds: bool = False,
 ) -> Budget:
     """Return the one budget that was given; a sparsity of 0 where none was and gates are folded (`folds`).
 
     Raises:
         UsageError: Several were given, or none and nothing is folded.
     """
-    options: dict[Literal["sparsity", "macs", "params"], float | None] = {
+    options: dict[Literal["sparsity", "macs", "params", "latency", "latency_ms"], float | None] = {
         "sparsity": sparsity,
         "macs": macs,
         "params": params,
+        "latency": latency,
+        "latency_ms": latency_ms,
     }
     given = [(kind, value) for kind, value in options.items() if value is not None]
     if folds and not given:
         return Budget(kind="sparsity", value=0.0)
     if len(given) != 1:
         raise UsageError(
-            "give exactly one budget: --sparsity, --macs or --params, such as --macs 0.5 "
+            "give exactly one budget: --sparsity, --macs, --params, --latency or --latency-ms, such as --macs 0.5 "
             "(--fold-gates alone needs none)."
         )
     return Budget(kind=given[0][0], value=given[0][1])
+
+
+def table_budget(table: ApplyTable, *, folds: bool = False) -> Budget:
+    """Return the budget of a recipe's `[apply]` table, as `budget_of`."""
+    return budget_of(
+        table.sparsity,
+        table.macs,
+        table.params,
+        latency=table.latency,
+        latency_ms=table.latency_ms,
+        folds=folds,
+    )
+
+
+def parse_round_to(text: str) -> int | Literal["auto"]:
+    """Read `--round-to`: a number, or `auto`.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UsageError(f"--round-to takes a number of channels or auto, got '{text}'.") from error
 
 
 def read_run(path: Path) -> RunRecipe:
@@ -141,7 +182,7 @@ def read_run(path: Path) -> RunRecipe:
         )
     recipe: RunRecipe = _checked(RunRecipe, values, str(path))
     folds = str(recipe.apply.fold_gates) not in {"none", "0"}
-    budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params, folds=folds)
+    table_budget(recipe.apply, folds=folds)
     if recipe.finetune is not None:
         _check_ranges(recipe.finetune, f"[finetune] of {path}")
     return recipe

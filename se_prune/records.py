@@ -230,11 +230,24 @@ class Scores:
 
 @record
 class Budget:
-    """What a plan must meet: the share of channels removed, or the fraction of MACs or parameters kept."""
+    """What a plan must meet: the share of channels removed, or the fraction of MACs or parameters kept.
+
+    `latency` is a fraction of the dense network's time for one batch, `latency_ms` a time in milliseconds.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-    kind: Literal["sparsity", "macs", "params"]
+    kind: Literal["sparsity", "macs", "params", "latency", "latency_ms"]
     value: float
+
+    @property
+    def timed(self) -> bool:
+        """Whether the budget is a time."""
+        return self.kind in {"latency", "latency_ms"}
+
+    @property
+    def option(self) -> str:
+        """The command line option that sets it, with its value."""
+        return f"--{self.kind.replace('_', '-')} {self.value:g}"
 
 
 @record
@@ -280,6 +293,40 @@ class LayerRefit:
 
 
 @record
+class PlannedLatency:
+    """What a latency budget came to, milliseconds per batch.
+
+    `dense_ms` is the lowest median of the dense network, `measured_ms` that times the ratio of medians of cut and dense
+    from `rounds` interleaved rounds (`share`, with its bootstrap interval); so what else the machine did cancels out.
+    `predicted_ms` is what the per-layer table says of the same plan, without correction. `attempts` plans were timed.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    runtime: str
+    batch_size: int
+    threads: int
+    dense_ms: float
+    target_ms: float
+    predicted_ms: float
+    measured_ms: float
+    share: float
+    share_ci95: tuple[float, float]
+    rounds: int
+    attempts: int
+    tolerance: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the measured latency is within the tolerance of the target."""
+        return abs(self.measured_ms / self.target_ms - 1) <= self.tolerance
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured latency is at most the target, but for the tolerance."""
+        return self.measured_ms <= self.target_ms * (1 + self.tolerance)
+
+
+@record
 class Plan:
     """The channels that leave, per group, and the gates that are folded, in the dense network's numbering; replayable.
 
@@ -301,6 +348,7 @@ class Plan:
     hidden: HiddenPolicy = "tie"
     refused: tuple[GroupPlan, ...] = ()
     sites: tuple[SitePlan, ...] = ()
+    latency: PlannedLatency | None = None
 
     @property
     def sites_folded(self) -> int:

@@ -58,6 +58,50 @@ class Latency:
 
 
 @record
+class BenchRow:
+    """One network in one runtime, milliseconds per batch of `batch_size` images, from interleaved rounds.
+
+    `peak_bytes` is the resident memory of a process that runs it, above one that has only loaded the runtime (None
+    where it was not measured). `speedup` is the ratio of medians (reference / this network), with its bootstrap
+    interval over rounds; None for the reference itself and where there is none.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    network: str
+    runtime: str
+    device: str
+    batch_size: int
+    threads: int
+    rounds: int
+    median_ms: float
+    p95_ms: float
+    images_per_second: float
+    peak_bytes: int | None = None
+    speedup: float | None = None
+    speedup_ci95: tuple[float, float] | None = None
+
+
+@record
+class OperationTime:
+    """One operation of a network in a runtime: lower quartile of its milliseconds over runs of one batch.
+
+    `layer` is the layer of the torch network that it computes, or None; `into`, `out` and `macs` (of the batch) are
+    that layer's, 0 without. `aligned_ms` is the share of `ms` that it would take with both widths rounded up to
+    multiples of 8, measured on the layer alone; None where they are multiples already.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    name: str
+    kind: str
+    ms: float
+    layer: str | None = None
+    into: int = 0
+    out: int = 0
+    macs: int = 0
+    aligned_ms: float | None = None
+
+
+@record
 class GateProfile:
     """The gate of one site by channel: the all-class mean and spread, and the mean per class (Figure 5)."""
 

@@ -27,6 +27,8 @@ COMMANDS = (
     "apply",
     "finetune",
     "evaluate",
+    "bench",
+    "sweep",
     "report",
     "export",
     "train",

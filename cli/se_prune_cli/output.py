@@ -157,6 +157,23 @@ def preprocessing_options(input_size: str | None, mean: str | None, std: str | N
     }
 
 
+def whole_numbers(numbers: str, option: str) -> list[int]:
+    """Return the whole numbers of an option, with commas between.
+
+    Raises:
+        UsageError: One is none, or below 1.
+    """
+    from se_prune.errors import UsageError
+
+    try:
+        values = [int(number) for number in numbers.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise UsageError(f"{option} takes whole numbers of at least 1, such as 1,8; got '{numbers}'.")
+    return values
+
+
 def class_names(classes: str) -> list[str]:
     """Return the names of `--classes`."""
     return [name.strip() for name in classes.split(",") if name.strip()]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from se_prune import text
 
 if TYPE_CHECKING:
-    from se_prune.records import Cost, LayerRefit, Plan, SitePlan, SiteSummary
-    from se_prune.results import Evaluation
+    from se_prune.records import Cost, LayerRefit, Plan, PlannedLatency, SitePlan, SiteSummary
+    from se_prune.results import BenchRow, Evaluation, OperationTime
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -78,6 +78,86 @@ def site_rows(sites: Sequence[SiteSummary]) -> Table:
         ]
         for s in sites
     ]
+
+
+def bench_rows(rows: Sequence[BenchRow]) -> Table:
+    """Return latency, throughput and memory per network and setting; "as fast" is against the last network."""
+    head = [
+        "network",
+        "runtime",
+        "batch",
+        "threads",
+        "median",
+        "p95",
+        "images/s",
+        "peak memory",
+        "as fast",
+        "95 %",
+    ]
+    return head, [
+        [
+            r.network,
+            r.runtime if r.device == "cpu" else f"{r.runtime}, {r.device}",
+            str(r.batch_size),
+            str(r.threads),
+            text.milliseconds(r.median_ms),
+            text.milliseconds(r.p95_ms),
+            text.significant(r.images_per_second),
+            text.MISSING if r.peak_bytes is None else text.file_size(r.peak_bytes),
+            text.MISSING if r.speedup is None else f"{r.speedup:.2f} ×",
+            text.MISSING if r.speedup_ci95 is None else f"{r.speedup_ci95[0]:.2f}–{r.speedup_ci95[1]:.2f}",
+        ]
+        for r in rows
+    ]
+
+
+def operation_rows(operations: Sequence[OperationTime]) -> Table:
+    """Return a profile: layers with their widths, and what is between them summed up by kind."""
+    whole = sum(o.ms for o in operations)
+    rows = [
+        [
+            o.layer or o.name,
+            o.kind,
+            f"{o.into} → {o.out}",
+            text.significant(1e3 * o.ms),
+            text.share(o.ms, whole),
+            text.significant(1e9 * o.ms / o.macs) if o.macs else text.MISSING,
+            text.MISSING if o.aligned_ms is None else text.significant(1e3 * o.aligned_ms),
+        ]
+        for o in operations
+        if o.into
+    ]
+    others: dict[str, list[float]] = {}
+    for operation in operations:
+        if not operation.into:
+            others.setdefault(operation.kind, []).append(operation.ms)
+    rows += [
+        [
+            f"{len(times)} × {kind}",
+            kind,
+            "",
+            text.significant(1e3 * sum(times)),
+            text.share(sum(times), whole),
+            "",
+            "",
+        ]
+        for kind, times in sorted(others.items(), key=lambda item: -sum(item[1]))
+    ]
+    return ["layer", "operation", "channels", "µs", "share", "ms per GMAC", "µs at multiples of 8"], rows
+
+
+def latency_line(latency: PlannedLatency) -> str:
+    """Return one sentence on what a latency budget came to."""
+    low, high = latency.share_ci95
+    reached = "within the tolerance" if latency.within else "faster than asked" if latency.met else "NOT met"
+    return (
+        f"latency, {latency.runtime}, batch {latency.batch_size}, threads {latency.threads}: target "
+        f"{text.milliseconds(latency.target_ms)}, predicted {text.milliseconds(latency.predicted_ms)}, measured "
+        f"{text.milliseconds(latency.measured_ms)} ({text.percent(latency.share)} of the dense "
+        f"{text.milliseconds(latency.dense_ms)}, 95 % interval {text.percent(low)} to {text.percent(high)}, "
+        f"{latency.rounds} interleaved rounds), {reached} of {text.percent(latency.tolerance, 0)} after "
+        f"{latency.attempts} plans"
+    )
 
 
 def refit_line(refits: Sequence[LayerRefit]) -> str:

@@ -14,6 +14,7 @@ STUDIES = (
     "classes",
     "surgery",
     "folding",
+    "latency",
     "criteria",
     "discovery",
 )

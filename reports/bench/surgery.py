@@ -134,36 +134,41 @@ def _ours(network: Any, sparsity: float) -> dict[str, Any]:
 
 def _plain(network: Any, sparsity: float) -> str:
     """Let torch-pruning cut by the group's L2 norm, the same ratio in every layer, as its examples do."""
-    import torch
-    import torch_pruning as tp
-
     from se_prune.cost import count_cost
     from se_prune.gates.sites import find_sites
     from se_prune.pipeline import example_input
 
     model, preprocessing = network.module.eval(), network.header.preprocessing
     example = example_input(preprocessing)
-    heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     before = count_cost(model, preprocessing, find_sites(model, example)).macs
-    outputs = model(example).shape[1]
-    ignored = [m for m in heads if m.weight.shape[0] == outputs]
     try:
-        model.requires_grad_(True)
-        pruner = tp.pruner.MagnitudePruner(
-            model,
-            example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=sparsity,
-            ignored_layers=ignored,
-        )
-        pruner.step()
-        model.eval()
-        with torch.no_grad():
-            model(example)
+        plain_cut(model, example, sparsity)
         after = count_cost(model, preprocessing, find_sites(model, example)).macs
     except Exception as error:  # noqa: BLE001 - whatever it or the network it leaves behind raises is the result
         return f"{type(error).__name__}: {str(error)[:100]}"
     return f"runs, {100 * after / before:.0f} % of the MACs"
+
+
+def plain_cut(model: Any, example: Any, ratio: float, round_to: int | None = None) -> None:
+    """Let torch-pruning cut a module in place: L2 norm of the group, one ratio everywhere, the classifier ignored."""
+    import torch
+    import torch_pruning as tp
+
+    outputs = model(example).shape[1]
+    heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    model.requires_grad_(True)
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=[m for m in heads if m.weight.shape[0] == outputs],
+        round_to=round_to,
+    )
+    pruner.step()
+    model.eval()
+    with torch.no_grad():
+        model(example)
 
 
 def report() -> None:

@@ -85,6 +85,21 @@ def export_onnx(network: Network, output: Path, images: torch.Tensor) -> Exporte
         )
 
 
+def onnx_bytes(network: Network, images: torch.Tensor) -> bytes:
+    """Return the ONNX file of a network, to be timed: not compared with torch, and without its metadata.
+
+    Args:
+        network: A copy on the CPU in eval mode and float32 is converted.
+        images: Any images (N, C, H, W) of its input size.
+
+    Raises:
+        SePruneError: A package is missing, or torch cannot convert the network.
+    """
+    _require_packages()
+    module = _as_filed(copy.deepcopy(network.module).cpu().float().eval())
+    return bytes(_convert(module, images.detach().cpu().float(), network.header.arch.ref).SerializeToString())
+
+
 def _as_filed(module: nn.Module) -> nn.Module:
     """Return the network with what its own ONNX file ended with, such as a softmax; any other as it is."""
     return module if final_of(module) == "none" else WithFinal(module).eval()

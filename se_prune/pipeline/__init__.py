@@ -7,6 +7,7 @@ from se_prune.pipeline.classes import for_classes, like
 from se_prune.pipeline.compress import compress
 from se_prune.pipeline.folds import outlook
 from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
+from se_prune.pipeline.latency import Rounding, Timing, choose_rounding, resolve_rounding
 from se_prune.pipeline.measure import (
     Reporter,
     Silent,
@@ -20,19 +21,25 @@ from se_prune.pipeline.measure import (
 )
 from se_prune.pipeline.outline import Outline, outline
 from se_prune.pipeline.run import RunOutcome, run_recipe
+from se_prune.pipeline.sweep import Point, Sweep, pareto, sweep
 from se_prune.training.loop import StepLog
 
 __all__ = [
     "Applied",
     "Outline",
+    "Point",
     "Reporter",
+    "Rounding",
     "RunOutcome",
     "Silent",
     "StepLog",
     "Structure",
+    "Sweep",
+    "Timing",
     "analyze",
     "apply_plan",
     "assess",
+    "choose_rounding",
     "compress",
     "example_input",
     "finetune",
@@ -43,9 +50,12 @@ __all__ = [
     "new_network",
     "outline",
     "outlook",
+    "pareto",
     "plan",
     "require_classes",
+    "resolve_rounding",
     "run_recipe",
     "structure",
+    "sweep",
     "train",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from se_prune.data.source import DataSource
 from se_prune.device import choose_device
 from se_prune.errors import UsageError
 from se_prune.pipeline.jobs import Applied, apply_plan, plan
+from se_prune.pipeline.latency import Timing, resolve_rounding
 from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, structure
 from se_prune.recipe import budget_of
 from se_prune.records import ArchSpec, ArtifactHeader, HiddenPolicy, Preprocessing, RepairMode
@@ -28,8 +29,11 @@ def compress(
     sparsity: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
+    latency_ms: float | None = None,
+    timing: Timing | None = None,
     criterion: str = "excitation",
-    round_to: int = 1,
+    round_to: int | Literal["auto"] = 1,
     min_channels: int = 2,
     hidden: HiddenPolicy = "tie",
     repair: RepairMode = "refit",
@@ -44,11 +48,14 @@ def compress(
         model: A classifier of images in eager torch; left as it is.
         images: Training batches as the model wants them: (images, labels), as a `DataLoader` yields them, or images
             (N, C, H, W) alone. At most `MEASURED_IMAGES` are read.
-        sparsity: Share of the channels to remove; give this, `macs` or `params`.
+        sparsity: Share of the channels to remove; give this or one of the next four.
         macs: Fraction of the MACs to keep.
         params: Fraction of the parameters to keep.
+        latency: Fraction of the dense network's latency.
+        latency_ms: Milliseconds per batch.
+        timing: Where latency is measured; onnxruntime, one thread and one image at once where None.
         criterion: How channels are scored; `taylor`, `hessian` and `gate-fisher` need labels.
-        round_to: Keep multiples of this many channels.
+        round_to: Keep multiples of this many channels; "auto" measures what the runtime likes.
         min_channels: No group keeps fewer.
         hidden: What the hidden units of the gate sites do.
         repair: What follows the cut.
@@ -66,7 +73,7 @@ def compress(
         DataError: No images, or batches of another kind.
         SurgeryError: The network cannot be cut, or the proof fails.
     """
-    budget = budget_of(sparsity, macs, params)
+    budget = budget_of(sparsity, macs, params, latency=latency, latency_ms=latency_ms)
     split, labelled = read_batches(images, MEASURED_IMAGES)
     if not labelled and criterion in {"taylor", "hessian", "gate-fisher"}:
         raise UsageError(f"criterion '{criterion}' needs labels; give batches of (images, labels).")
@@ -74,6 +81,7 @@ def compress(
     network = _network(model, split, arch)
     data = _data(network.module, split)
     found, target = structure(network), choose_device(device)
+    timing = timing or Timing()
     chosen = plan(
         network,
         found,
@@ -81,10 +89,11 @@ def compress(
         criterion=criterion,
         device=target,
         data=data,
-        round_to=round_to,
+        round_to=resolve_rounding(round_to, network, found, timing, reporter),
         min_channels=min_channels,
         hidden=hidden,
         repair=repair,
+        timing=timing,
         seed=seed,
         reporter=reporter,
     )

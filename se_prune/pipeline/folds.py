@@ -185,7 +185,7 @@ def check_rest(
         if rest == budget:
             raise
         raise BudgetError(
-            f"--{budget.kind} {budget.value:g} is {rest.value:.4g} of what the folded gates leave, and {error}"
+            f"{budget.option} is {rest.value:.4g} of what the folded gates leave, and {error}"
         ) from error
 
 

@@ -33,6 +33,7 @@ from se_prune.pipeline.folds import (
     totals,
     without_folded,
 )
+from se_prune.pipeline.latency import Span, Timing, check_fastest, meet, stopwatch
 from se_prune.pipeline.measure import (
     BATCH,
     MEASURED_IMAGES,
@@ -68,6 +69,7 @@ from se_prune.scoring import Evidence, score
 from se_prune.scoring.registry import find
 from se_prune.surgery.cut import cut, verify
 from se_prune.surgery.fold import fold, kept_constants
+from se_prune.timing import LatencyModel
 from se_prune.training import fit
 from se_prune.training.loop import StepLog
 from se_prune.zoo import registry
@@ -104,6 +106,7 @@ def plan(
     hidden: HiddenPolicy = "tie",
     repair: RepairMode = "refit",
     folds: FoldRequest | None = None,
+    timing: Timing | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> Plan:
@@ -122,6 +125,7 @@ def plan(
         hidden: What hidden units do.
         repair: What will follow the cut.
         folds: Which gates are folded; None for none.
+        timing: Where a latency budget is measured; onnxruntime, one thread and one image at once where None.
         seed: Chooses the images.
         reporter: Shows progress.
 
@@ -145,8 +149,14 @@ def plan(
     groups, left = without_folded(network, found, costs, sites)
     if folds is not None and budget.kind == "sparsity" and budget.value == 0:
         return fold_only(costs, left, sites, **widths)
-    rest = rest_of(budget, costs, left)
-    check_rest(groups, left, budget, rest, **widths)
+    watch, span = None, Span(groups=groups, left=left, dense=(found.couplings, costs), widths=widths)
+    if budget.timed:
+        watch = stopwatch(network, found, timing or Timing(), round_to, reporter)
+        if not sites:
+            check_fastest(watch, budget, span)
+    else:
+        rest = rest_of(budget, costs, left)
+        check_rest(groups, left, budget, rest, **widths)
     energies = None if statistics is None else statistics.energies
     subset: Split | None = None
     if data is not None and needs:
@@ -175,9 +185,22 @@ def plan(
     with (reporter or Silent()).stage(f"score by {criterion}", None):
         scores = score(criterion, evidence)
     network.module.cpu()
-    chosen = make_plan(groups, left, scores, rest, **widths)
     macs, params = totals(costs)
-    return replace(chosen, budget=budget, macs_before=macs, params_before=params, sites=sites)
+
+    def chosen_for(limit: Budget, times: LatencyModel | None = None) -> Plan:
+        chosen = make_plan(groups, left, scores, limit, times=times, **widths)
+        return replace(chosen, budget=budget, macs_before=macs, params_before=params, sites=sites)
+
+    if watch is None:
+        return chosen_for(rest)
+    return meet(watch, budget, span, chosen_for, lambda plan: _built(network, found, plan), reporter=reporter)
+
+
+def _built(network: Network, found: Structure, chosen: Plan) -> Network:
+    """Return a network cut and folded by a plan, to be timed: without proof and repair."""
+    module = cut(network.module, found.example, chosen)
+    module, _ = fold(module, found.example, kept_constants(chosen, found.sites, found.couplings))
+    return Network(module=module.eval(), header=network.header)
 
 
 def apply_plan(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of, measure_latency, torch_runner
 from se_prune.data import DataSource, open_data
 from se_prune.data.source import Split, balanced_subset
-from se_prune.device import choose_device
+from se_prune.device import choose_device, processor
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target
 from se_prune.export.onnx import onnx_runner
@@ -28,8 +28,9 @@ from se_prune.gates.summary import profile, summarise
 from se_prune.layers import layer_costs
 from se_prune.pipeline import jobs, measure
 from se_prune.pipeline.classes import for_classes
+from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.planning import check_budget, check_ranges
-from se_prune.recipe import RunRecipe, budget_of
+from se_prune.recipe import RunRecipe, table_budget
 from se_prune.report import write_report
 from se_prune.results import Evaluation, Exported, Latency, Run, StageResult
 from se_prune.schema import to_json
@@ -59,6 +60,7 @@ def run_recipe(
     *,
     command: str,
     device: str = "auto",
+    statistics: Path | None = None,
     reporter: measure.Reporter | None = None,
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
@@ -71,6 +73,7 @@ def run_recipe(
         folder: Where the files go; made where it is missing.
         command: The command line, for the report.
         device: Where to compute.
+        statistics: The statistics file of an earlier run of the same model, data and seed; measured where None.
         reporter: Shows progress.
 
     Raises:
@@ -78,9 +81,9 @@ def run_recipe(
     """
     show = reporter or measure.Silent()
     folds = parse_request(recipe.apply.fold_gates, recipe.apply.fold_tolerance)
-    budget = budget_of(recipe.apply.sparsity, recipe.apply.macs, recipe.apply.params, folds=folds is not None)
-    widths = {"round_to": recipe.apply.round_to, "min_channels": recipe.apply.min_channels}
-    check_ranges(budget, **widths)
+    budget = table_budget(recipe.apply, folds=folds is not None)
+    check_ranges(budget, first_rounding(recipe.apply.round_to), recipe.apply.min_channels)
+    timing = Timing(runtime=recipe.apply.runtime, threads=recipe.apply.threads)
     hidden = recipe.apply.hidden
     find(recipe.apply.criterion)
     for name in recipe.export:
@@ -88,7 +91,11 @@ def run_recipe(
     target = choose_device(device)
     dense, data = _opened(recipe)
     found = measure.structure(dense)
-    if folds is None:  # what is folded, and so what is left to cut, is known after the analysis
+    rounding = resolve_rounding(recipe.apply.round_to, dense, found, timing, show)
+    widths: dict[str, Any] = {"round_to": rounding, "min_channels": recipe.apply.min_channels}
+    if (
+        folds is None and not budget.timed
+    ):  # what is folded, and so what is left to cut, is known after the analysis
         costs = layer_costs(dense.module, found.cost.per_layer)
         check_budget(found.couplings, costs, budget, **widths, hidden=hidden)
     make_folder(folder)
@@ -101,10 +108,9 @@ def run_recipe(
 
     first = evaluated("dense", dense, 0.0)
     clock = time.perf_counter()
-    statistics: Statistics | None = None
-    if found.sites:
-        statistics = measure.analyze(dense, data, device=target, seed=recipe.seed, reporter=show)
-        statistics.save(folder / "statistics.safetensors")
+    gates = _gates(dense, found, data, statistics, seed=recipe.seed, device=target, show=show)
+    if gates is not None:
+        gates.save(folder / "statistics.safetensors")
     chosen = jobs.plan(
         dense,
         found,
@@ -112,11 +118,12 @@ def run_recipe(
         criterion=recipe.apply.criterion,
         device=target,
         data=data,
-        statistics=statistics,
+        statistics=gates,
         **widths,
         hidden=hidden,
         repair=recipe.apply.repair,
         folds=folds,
+        timing=timing,
         seed=recipe.seed,
         reporter=show,
     )
@@ -170,10 +177,8 @@ def run_recipe(
         stages=tuple(stages),
         paired=paired(first, last, data.test),
         latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
-        sites=() if statistics is None else summarise(statistics),
-        profiles=()
-        if statistics is None
-        else tuple(profile(statistics, site.name) for site in statistics.sites[:PROFILES]),
+        sites=() if gates is None else summarise(gates),
+        profiles=() if gates is None else tuple(profile(gates, site.name) for site in gates.sites[:PROFILES]),
         exported=exported,
     )
     files["run"] = folder / "run.json"
@@ -189,6 +194,24 @@ def _opened(recipe: RunRecipe) -> tuple[Network, DataSource]:
     data, model = open_data(recipe.data), recipe.model
     dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
     return for_classes(dense, data, recipe.apply.classes) if recipe.apply.classes else (dense, data)
+
+
+def _gates(
+    dense: Network,
+    found: measure.Structure,
+    data: DataSource,
+    earlier: Path | None,
+    *,
+    seed: int,
+    device: torch.device,
+    show: measure.Reporter,
+) -> Statistics | None:
+    """Return the statistics: those of an earlier run, or measured; None where there are no gates."""
+    if not found.sites:
+        return None
+    if earlier is not None:
+        return Statistics.load(earlier)
+    return measure.analyze(dense, data, device=device, seed=seed, reporter=show)
 
 
 def step_note(log: StepLog) -> str:
@@ -253,7 +276,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "se-prune": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
@@ -263,14 +286,3 @@ def environment(device: torch.device) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return result
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        try:
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        except OSError:
-            return platform.machine()
-    return platform.processor() or platform.machine()

@@ -294,6 +294,34 @@ def test_export(applied):
     assert found["max_abs_diff"] < 1e-3
 
 
+def test_bench_beside_the_dense_network(applied):
+    found = document("bench cut.safetensors --rounds 3 --batch 1,2 --per-layer")
+    rows = found["rows"]
+    assert [(row["network"], row["batch_size"]) for row in rows] == [
+        (name, batch) for batch in (1, 2) for name in ("cut.safetensors", "zoo:se_resnet20, dense")
+    ]
+    assert all(row["peak_bytes"] > 0 for row in rows)
+    assert rows[0]["speedup"] > 0
+    assert len(found["per_layer"]) == 2
+    assert {"conv1", "fc"} <= {o["layer"] for o in found["per_layer"][0]["operations"]}
+    for line in ("bench cut.safetensors --batch 1,x", "bench cut.safetensors --runtime onnx"):
+        assert call(line)[0] == 2
+
+
+def test_sweep_keeps_what_is_finished(place):
+    line = f"sweep {NET} --data data --macs 0.7 --criterion l1,l2 --repair none --latency-rounds 0 -o swept"
+    first = document(line)
+    assert [point["kept"] for point in first["points"]] == [False, False]
+    assert all(0.69 < point["macs"] <= 0.7 for point in first["points"])
+    assert Path("swept/report.html").is_file()
+    again = document(line)
+    assert [point["kept"] for point in again["points"]] == [True, True]
+    assert [p["top1"] for p in again["points"]] == [p["top1"] for p in first["points"]]
+    code, _, err = call(f"{line} --seed 3")
+    assert code == 2
+    assert "holds a run of other settings" in err
+
+
 def test_train(place):
     found = document("train --arch zoo:se_mobilenet_x025 --data data --epochs 1 --lr 0.01 -o new.safetensors")
     assert found["n"] == 120

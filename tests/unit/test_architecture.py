@@ -32,6 +32,7 @@ ORDER = (
     "gates",  # sites, statistics, energies
     "channels",  # couplings
     "layers",  # sizes and MACs
+    "timing",  # layers → milliseconds
     "cost",
     "scoring",
     "ledger",  # why no more channels leave
@@ -42,6 +43,7 @@ ORDER = (
     "evaluate",
     "report",
     "export",
+    "runtimes",  # where networks run and are timed
     "pipeline",  # sees them all
 )
 RANK = {layer: rank for rank, layer in enumerate(ORDER)}

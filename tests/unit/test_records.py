@@ -227,7 +227,11 @@ def test_a_wrong_type_is_named(cls):
     ("cls", "changes", "message"),
     [
         (Budget, {"value": "much"}, "value: Input should be a valid number"),
-        (Budget, {"kind": "latency"}, "kind: Input should be 'sparsity', 'macs' or 'params'"),
+        (
+            Budget,
+            {"kind": "energy"},
+            "kind: Input should be 'sparsity', 'macs', 'params', 'latency' or 'latency_ms'",
+        ),
         (Plan, {"round_to": 1.5}, "round_to: Input should be a valid integer"),
         (Plan, {"groups": 3}, "groups: Input should be a valid tuple"),
         (Latency, {"threads": None}, "threads: Input should be a valid integer"),

@@ -28,7 +28,7 @@ from se_prune_cli.output import (
     model_options,
     preprocessing_line,
 )
-from se_prune_cli.tables import costs, fold_rows, plan_rows, refit_line
+from se_prune_cli.tables import costs, fold_rows, latency_line, plan_rows, refit_line
 
 if TYPE_CHECKING:
     from se_prune.pipeline import Applied
@@ -39,10 +39,22 @@ def command(
     sparsity: Annotated[float | None, typer.Option(help="Share of the channels to remove, 0 to 1.")] = None,
     macs: Annotated[float | None, typer.Option(help="Fraction of the MACs to keep, 0 to 1.")] = None,
     params: Annotated[float | None, typer.Option(help="Fraction of the parameters to keep, 0 to 1.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Fraction of the dense network's latency to keep, 0 to 1; measured.")
+    ] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds that one image may take; measured.")
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(help="Where latency is measured: onnxruntime, torch.")
+    ] = "onnxruntime",
+    threads: Annotated[int, typer.Option(help="CPU threads on which latency is measured.")] = 1,
     data: OptionalData = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics file of `analyze`.")] = None,
     criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "excitation",
-    round_to: Annotated[int, typer.Option(help="Keep multiples of this many channels.")] = 1,
+    round_to: Annotated[
+        str, typer.Option(help="Keep multiples of this many channels; auto measures what the runtime likes.")
+    ] = "1",
     min_channels: Annotated[int, typer.Option(help="No group keeps fewer.")] = 2,
     hidden: Annotated[
         HiddenPolicy,
@@ -91,13 +103,16 @@ def command(
     from se_prune.folding import parse_request
     from se_prune.gates.statistics import Statistics
     from se_prune.planning import check_ranges
-    from se_prune.recipe import budget_of
+    from se_prune.recipe import budget_of, parse_round_to
     from se_prune.schema import to_dict
     from se_prune.scoring.registry import find
 
     out, show, folds = Output(as_json), Progressed(), parse_request(fold_gates, fold_tolerance)
-    budget = budget_of(sparsity, macs, params, folds=folds is not None)
-    check_ranges(budget, round_to, min_channels)
+    budget = budget_of(
+        sparsity, macs, params, latency=latency, latency_ms=latency_ms, folds=folds is not None
+    )
+    rounding, timing = parse_round_to(round_to), pipeline.Timing(runtime=runtime, threads=threads)
+    check_ranges(budget, 1 if rounding == "auto" else rounding, min_channels)
     if output is None and not dry_run:
         raise UsageError(
             "give -o OUT.safetensors for the pruned network, or --dry-run to see the plan alone."
@@ -129,11 +144,12 @@ def command(
         device=target,
         data=source,
         statistics=statistics,
-        round_to=round_to,
+        round_to=pipeline.resolve_rounding(rounding, network, found, timing, show),
         min_channels=min_channels,
         hidden=hidden,
         repair=repair,
         folds=folds,
+        timing=timing,
         seed=seed,
         reporter=show,
     )
@@ -175,6 +191,8 @@ def _show(out: Output, applied: Applied) -> None:
     if plan.sites:
         out.table("gates", *fold_rows(plan.sites))
     out.table("cost of one image", *costs(applied.before, applied.after))
+    if plan.latency is not None:
+        out.console.print(latency_line(plan.latency), highlight=False)
     twin = "its masked twin" if not plan.sites_folded else "its masked twin with constant gates"
     out.say(f"equals {twin}: largest difference {applied.max_abs_diff_masked:.1e} in float64")
     if applied.refits:
