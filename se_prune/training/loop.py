@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from se_prune.training.losses import FeatureLoss, FeatureMatch
 from se_prune.training.mixing import Mixing, require_pairs
 from se_prune.training.optim import build_optimizer, learning_rate
 from se_prune.training.precision import amp_dtype
-from se_prune.training.state import Parts, Position, StateFile
+from se_prune.training.state import Parts, Position, StateFile, fingerprint
 from se_prune.training.steps import Step, Sums, grouped, require_finite
 from se_prune.training.stopping import hold_out, top1
 from se_prune.training.teacher import Teacher
@@ -144,7 +143,9 @@ def fit(
         raise DataError("there are no training images; check --data.")
     if settings.distill_features and (teacher is None or features is None):
         raise UsageError("distill_features needs the dense network; give it with --teacher.")
-    fingerprint = _fingerprint(settings, seed, split, model, teacher)
+    started = time.monotonic()
+    told = f"{to_json(replace(settings, track=()))} {seed}"
+    mark = fingerprint(told, [split.labels], [model] if teacher is None else [model, teacher])
     held: Split | None = None
     if settings.held_out:
         split, held = hold_out(split, settings.held_out, seed)
@@ -166,7 +167,7 @@ def fit(
             no_decay=no_decay,
         )
         parts, position = step.parts, Position()
-        state = None if resume is None else StateFile(resume, fingerprint)
+        state = None if resume is None else StateFile(resume, mark)
         if state is not None:
             position = state.load(parts)
         if settings.distill_features and features is not None and teacher is not None:
@@ -185,7 +186,7 @@ def fit(
             position=position,
             request=request,
             on_step=on_step,
-            started=time.monotonic() - position.seconds,
+            started=started - position.seconds,
         )
         while position.epoch < settings.epochs and not position.stopped:
             _epoch(run)
@@ -387,18 +388,3 @@ def _average(model: nn.Module, settings: TrainSettings) -> Any:
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True)
-
-
-def _fingerprint(
-    settings: TrainSettings, seed: int, split: Split, model: nn.Module, teacher: nn.Module | None
-) -> str:
-    """Identify a run by its settings, its labels, and the weights that it starts and distils from."""
-    told = to_json(replace(settings, track=()))
-    digest = hashlib.sha256(f"{told} {seed} {len(split)} {teacher is not None}".encode())
-    digest.update(split.labels.contiguous().numpy().tobytes())
-    for name, value in [
-        item for network in (model, teacher) if network is not None for item in network.state_dict().items()
-    ]:
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from se_prune.errors import CheckpointError
 from se_prune.files import make_folder, remove_folder, write_tensors
 
 STATE_FILE = "training-state.safetensors"
+#: Beside it, the ids of the runs in MLflow and W&B.
+TRACKING_FILE = "tracking.json"
 #: Seconds between two saves within an epoch, and the largest share of the time that saving may take.
 SAVE_SECONDS, SAVE_SHARE = 60.0, 1 / 30
 
@@ -110,12 +114,31 @@ class StateFile:
         return Position(**json.loads(metadata["position"]))
 
 
+def state_beside(output: Path) -> Path:
+    """Return the folder that keeps the state of a training whose artifact will be `output`."""
+    return output.with_name(f"{output.name}.state")
+
+
+def fingerprint(told: str, labels: Sequence[torch.Tensor], networks: Sequence[nn.Module]) -> str:
+    """Identify a run by what it was told, the labels (N,) of its images, and the networks that it starts from."""
+    digest = hashlib.sha256(told.encode())
+    for values in labels:
+        digest.update(f"{len(values)}".encode())
+        digest.update(values.contiguous().numpy().tobytes())
+    for network in networks:
+        for name, value in network.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def remove_state(folder: Path) -> None:
     """Remove the state in a folder, and the folder where nothing else is in it."""
     if not folder.is_dir():
         return
-    for left in [*folder.glob(STATE_FILE), *folder.glob(f".{STATE_FILE}.*")]:
-        left.unlink(missing_ok=True)
+    for name in (STATE_FILE, TRACKING_FILE):
+        for left in [*folder.glob(name), *folder.glob(f".{name}.*")]:
+            left.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         remove_folder(folder)
 
