@@ -380,7 +380,7 @@ class TrainSettings:
     flip: float = 0.5
     erase: float = 0.0
     rand_augment: int = 0
-    rand_augment_magnitude: float = 9.0
+    rand_augment_magnitude: int = 9
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_prob: float = 1.0

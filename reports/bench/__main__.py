@@ -16,6 +16,8 @@ STUDIES = (
     "folding",
     "criteria",
     "discovery",
+    "kills",
+    "throughput",
 )
 
 
