@@ -17,7 +17,6 @@ STUDIES = (
     "criteria",
     "discovery",
     "kills",
-    "throughput",
 )
 
 
