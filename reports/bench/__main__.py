@@ -17,6 +17,7 @@ STUDIES = (
     "criteria",
     "discovery",
     "kills",
+    "throughput",
 )
 
 
