@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from se_prune.artifact import Network
 from se_prune.data.batches import augment
 from se_prune.errors import DataError, UsageError
 from se_prune.gates.sites import find_sites
-from se_prune.records import TrainSettings
+from se_prune.pipeline import apply_plan, plan, structure
+from se_prune.pipeline.features import match_features
+from se_prune.records import ArchSpec, ArtifactHeader, Budget, TrainSettings
 from se_prune.training import fit, loop
 from se_prune.training.losses import FeatureLoss, FeatureMatch, label_loss
 from se_prune.training.mixing import Mixing
@@ -148,10 +151,8 @@ def test_the_feature_loss_is_the_relative_distance_on_kept_channels():
         assert float(loss().detach()) == 0.0
     with loss.watching(student, teacher):
         student(images), teacher(images)
-        gaps = [
-            float((loss.mine[n] - loss.theirs[n]).square().sum() / loss.theirs[n].square().sum())
-            for n in kept
-        ]
+        mine, theirs = ({k: v.detach() for k, v in part.items()} for part in (loss.mine, loss.theirs))
+        gaps = [float((mine[n] - theirs[n]).square().sum() / theirs[n].square().sum()) for n in kept]
         assert float(loss().detach()) == pytest.approx(sum(gaps) / len(gaps), rel=1e-5)
         assert min(gaps) > 0
 
@@ -159,3 +160,28 @@ def test_the_feature_loss_is_the_relative_distance_on_kept_channels():
 def test_features_need_the_dense_network():
     with pytest.raises(UsageError, match="distill_features needs the dense network; give it with --teacher"):
         train(net(), replace(QUICK, distill_features=1.0))
+
+
+def test_features_are_matched_by_the_plan_that_cut_the_network():
+    header = ArtifactHeader(arch=ArchSpec(ref="mine:net"), preprocessing=GREY)
+    dense = Network(module=net(3).eval(), header=header)
+    found = structure(dense)
+    chosen = plan(dense, found, Budget(kind="macs", value=0.6), criterion="l1", device=CPU, repair="none")
+    cut = apply_plan(dense, found, chosen, device=CPU, repair="none").network
+    match = match_features(cut, dense)
+    widths = {site.name: site.channels for site in find_sites(cut.module, DEPTHWISE.images(1))}
+    assert {name: len(index) for name, index in match.kept.items()} == widths
+    assert any(len(match.kept[site.name]) < site.channels for site in found.sites)
+    for site in found.sites:  # the BN weights before each gate are those of the channels that the match names
+        layer = f"{site.name.rpartition('.')[0]}"
+        whole, part = (dict(n.module.get_submodule(layer).named_modules()) for n in (dense, cut))
+        weights = [(whole[k].weight, part[k].weight) for k in whole if k and hasattr(whole[k], "weight")]
+        same = [
+            torch.equal(a[match.kept[site.name]], b)
+            for a, b in weights
+            if a.shape[1:] == b.shape[1:] and len(a) == site.channels
+        ]
+        assert any(same)
+    other = Network(module=net(4).eval(), header=header)
+    with pytest.raises(UsageError, match="its plan keeps"):
+        match_features(Network(module=cut.module, header=header), other)
