@@ -38,6 +38,12 @@ class SurgeryError(SePruneError):
     """The network cannot be cut, or the cut network does not equal its masked twin."""
 
 
+class Interrupted(SePruneError):  # noqa: N818 - nothing went wrong
+    """The user stopped the work; what was done is saved, and the message says how to go on."""
+
+    exit_code = 130
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the nearest known word, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

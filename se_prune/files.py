@@ -1,10 +1,12 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and what a killed write left behind goes at the next one."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,17 +22,21 @@ if TYPE_CHECKING:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, else it is removed.
 
+    Temporary files of `path` whose writer was killed are removed first.
+
     Raises:
         SePruneError: The folder cannot be written, or the disk is full; `path` is left as it was.
     """
     target = Path(path).resolve()  # a link stays a link
     temporary: Path | None = None
+    handle = -1
     try:
         _require_regular(target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(target)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-        os.close(handle)
         temporary = Path(name)
+        _lock(handle)
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as written:
@@ -41,6 +47,29 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file until it is closed or its process dies; False where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing says whether the writer lives, so nothing of it is removed
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_orphans(target: Path) -> None:
+    """Remove the temporary files of `target` that no living process writes."""
+    name, end = glob.escape(target.name), glob.escape(target.suffix)
+    for left in target.parent.glob(f".{name}.????????{end}"):
+        with contextlib.suppress(FileNotFoundError), left.open("rb") as file:
+            if _lock(file.fileno()):
+                left.unlink()
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -84,6 +113,7 @@ def require_writable(path: str | Path) -> None:
     try:
         _require_regular(target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(target)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
@@ -101,6 +131,22 @@ def make_folder(path: str | Path) -> None:
     except OSError as error:
         raise SePruneError(
             f"cannot make the folder {path}: {error.strerror or error}; choose another place."
+        ) from error
+
+
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder of ours with all that is in it, where it is there.
+
+    Raises:
+        SePruneError: It cannot be removed.
+    """
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SePruneError(
+            f"cannot remove {error.filename or path}: {error.strerror or error}; remove it by hand."
         ) from error
 
 

@@ -213,21 +213,46 @@ def _checked(cls: type[Any], values: dict[str, Any], what: str) -> Any:
         raise UsageError(str(error)) from error
 
 
+#: The least and the largest value of keys of `TrainSettings`; all must be finite.
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("epochs", "batch_size", "accumulate"), (1, math.inf)),
+    **dict.fromkeys(
+        ("crop_padding", "weight_decay", "clip_norm", "ema_bn_images", "rand_augment"), (0, math.inf)
+    ),
+    **dict.fromkeys(("mixup", "cutmix", "distill_features", "patience"), (0, math.inf)),
+    "lr": (0.0, math.inf),
+    "distill_temperature": (1e-3, math.inf),
+    "rand_augment_magnitude": (0, 10),
+    "held_out": (0, 0.5),
+    **dict.fromkeys(
+        ("momentum", "warmup", "label_smoothing", "ema_decay", "flip", "erase", "distill_weight", "mix_prob"),
+        (0, 1),
+    ),
+}
+
+
 def _check_ranges(settings: TrainSettings, what: str) -> None:
-    limits: dict[str, tuple[float, float]] = {
-        "epochs": (1, math.inf),
-        "batch_size": (1, math.inf),
-        "lr": (0.0, math.inf),
-        "crop_padding": (0, math.inf),
-        "weight_decay": (0, math.inf),
-        "clip_norm": (0, math.inf),
-        "distill_temperature": (1e-3, math.inf),
-        **dict.fromkeys(
-            ("momentum", "warmup", "label_smoothing", "ema_decay", "flip", "erase", "distill_weight"), (0, 1)
-        ),
-    }
-    for name, (least, most) in limits.items():
+    for name, (least, most) in LIMITS.items():
         value = getattr(settings, name)
         if not least <= value <= most or value == math.inf:  # also refuses NaN
             bound = "" if most == math.inf else f", at most {most}"
             raise UsageError(f"{what}: {name} must be at least {least}{bound} and finite, got {value}.")
+    _check_pairs(settings, what)
+
+
+def _check_pairs(settings: TrainSettings, what: str) -> None:
+    """Refuse keys that do not go together."""
+    if (settings.patience or settings.keep == "best") and not settings.held_out:
+        key = "patience" if settings.patience else 'keep = "best"'
+        raise UsageError(f"{what}: {key} needs images to measure each epoch; add held_out = 0.05.")
+    if (settings.mixup or settings.cutmix) and settings.batch_size % 2:
+        raise UsageError(
+            f"{what}: mixup and cutmix mix pairs, so batch_size must be even, got {settings.batch_size}."
+        )
+    if settings.ema_bn_images and not settings.ema_decay:
+        raise UsageError(f"{what}: ema_bn_images needs an average of the weights; add ema_decay = 0.99.")
+    if settings.compile and settings.distill_features:
+        raise UsageError(
+            f"{what}: distill_features reads the gates while the network runs, which a compiled one does not "
+            "allow; leave out compile."
+        )

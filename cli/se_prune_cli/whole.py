@@ -10,7 +10,7 @@ from se_prune_cli.tables import accuracy, costs, site_rows
 
 
 def run_and_show(
-    recipe: Path, folder: Path, command: str, out: Output, *, device: str, seed: int | None
+    recipe: Path, folder: Path, command: str, out: Output, *, device: str, seed: int | None, resume: bool
 ) -> None:
     """Run a recipe into a folder and print its tables."""
     from dataclasses import replace
@@ -22,7 +22,7 @@ def run_and_show(
     chosen = read_run(find_recipe(recipe))
     if seed is not None:
         chosen, command = replace(chosen, seed=seed), f"{command} --seed {seed}"
-    outcome = run_recipe(chosen, folder, command=command, device=device, reporter=Progressed())
+    outcome = run_recipe(chosen, folder, command=command, device=device, reporter=Progressed(), resume=resume)
     run = outcome.run
     if run.sites:
         out.table("gates on training images", *site_rows(run.sites))

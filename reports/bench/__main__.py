@@ -17,6 +17,8 @@ STUDIES = (
     "latency",
     "criteria",
     "discovery",
+    "kills",
+    "throughput",
 )
 
 

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from se_prune.errors import UsageError
 from se_prune.records import Preprocessing, TrainSettings
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+#: Strengths of RandAugment: 0 to 10, as timm counts them.
+MAGNITUDES = 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,13 @@ def normalise(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tenso
 
 
 def augment(images: torch.Tensor, settings: TrainSettings, generator: torch.Generator) -> torch.Tensor:
-    """Random shift (zero padding), horizontal flip and random erasing (Zhong et al. 2017) of bytes."""
+    """RandAugment (Cubuk et al. 2020), random shift (zero padding), horizontal flip, erasing (Zhong et al. 2017).
+
+    Raises:
+        UsageError: RandAugment of images that are neither grey nor RGB.
+    """
+    if settings.rand_augment > 0:
+        images = _rand_augment(images, settings, generator)
     n, _, height, width = images.shape
     rows = torch.arange(height).expand(n, height)
     columns = torch.arange(width).expand(n, width)
@@ -78,6 +87,25 @@ def augment(images: torch.Tensor, settings: TrainSettings, generator: torch.Gene
     picked = images[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     images = picked.permute(0, 3, 1, 2)
     return _erase(images, settings.erase, generator) if settings.erase > 0 else images
+
+
+def _rand_augment(images: torch.Tensor, settings: TrainSettings, generator: torch.Generator) -> torch.Tensor:
+    """Change each image (C, H, W) of bytes by operations of its own; torchvision draws from the global generator."""
+    if images.shape[1] not in {1, 3}:
+        raise UsageError(
+            f"rand_augment needs grey or RGB images, and these have {images.shape[1]} channels; set it to 0."
+        )
+    from torchvision.transforms import v2
+
+    change = v2.RandAugment(
+        num_ops=settings.rand_augment,
+        magnitude=settings.rand_augment_magnitude,
+        num_magnitude_bins=MAGNITUDES,
+    )
+    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return torch.stack([change(image) for image in images])
 
 
 def _erase(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:

@@ -45,7 +45,12 @@ class _Transform:
 
         channels = preprocessing.input_size[0]
         self.mode = "L" if channels == 1 else "RGB"
-        training = {} if settings is None else {"hflip": settings.flip, "re_prob": settings.erase}
+        training: dict[str, Any] = (
+            {} if settings is None else {"hflip": settings.flip, "re_prob": settings.erase}
+        )
+        if settings is not None and settings.rand_augment > 0:
+            strength, count = settings.rand_augment_magnitude, settings.rand_augment
+            training["auto_augment"] = f"rand-m{strength}-n{count}-mstd0.5-inc1"
         self.inner = create_transform(
             preprocessing.input_size,
             is_training=settings is not None,

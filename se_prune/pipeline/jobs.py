@@ -24,6 +24,7 @@ from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics
 from se_prune.layers import layer_costs
 from se_prune.pipeline.classes import like
+from se_prune.pipeline.features import match_features
 from se_prune.pipeline.folds import (
     check_rest,
     choose_sites,
@@ -317,6 +318,23 @@ def finetune(
 ) -> Network:
     """Train a network on the training images, distilling from `teacher` where one is given.
 
+    Args:
+        network: What is trained.
+        data: The data set; test images are not read.
+        settings: How to train.
+        device: Where to train.
+        teacher: The dense network.
+        seed: Fixes order, augmentation and dropout.
+        resume: A folder that keeps the state; a run found there goes on at its step, to the same weights.
+        on_step: Called after every step.
+        stage: What the history calls it.
+
+    Raises:
+        DataError: The data does not fit the network.
+        UsageError: The settings do not fit the networks or the data.
+        CheckpointError: `resume` holds another run.
+        Interrupted: The user stopped a run that `resume` keeps.
+
     Returns:
         A new network on the CPU; the one given is left as it is.
     """
@@ -325,6 +343,7 @@ def finetune(
     data = matching(network, data)
     if teacher is not None:
         require_classes(teacher, data)
+    features = None if teacher is None or not settings.distill_features else match_features(network, teacher)
     module = artifact.clone(network.module)
     sites = find_sites(module, example_input(network.header.preprocessing))
     result = fit(
@@ -338,16 +357,20 @@ def finetune(
         no_decay=gate_layers(sites),
         resume=resume,
         on_step=on_step,
+        features=features,
     )
-    details = {
+    details: dict[str, Any] = {
         "version": __version__,
         "data": data.name,
         "train_images": len(data.train),
         "seed": seed,
-        "settings": to_dict(settings),
+        "settings": to_dict(replace(settings, track=())),
         "distilled": teacher is not None,
         "train_top1": result.train_top1,
     }
+    if result.held_out_top1 is not None:
+        details |= {"steps": result.steps, "held_out_top1": result.held_out_top1}
+        details |= {} if result.best_epoch is None else {"best_epoch": result.best_epoch + 1}
     header = replace(
         network.header,
         classes=network.header.classes or data.classes,

@@ -29,13 +29,16 @@ from se_prune.layers import layer_costs
 from se_prune.pipeline import jobs, measure
 from se_prune.pipeline.classes import for_classes
 from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
+from se_prune.pipeline.progress import Progress
+from se_prune.pipeline.view import shown as shown_steps
 from se_prune.planning import check_budget, check_ranges
 from se_prune.recipe import RunRecipe, table_budget
 from se_prune.report import write_report
 from se_prune.results import Evaluation, Exported, Latency, Run, StageResult
 from se_prune.schema import to_json
 from se_prune.scoring.registry import find
-from se_prune.training.loop import StepLog
+from se_prune.training.state import trained_seconds
+from se_prune.training.tracking import following
 from se_prune.zoo.registry import shown
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
@@ -62,8 +65,11 @@ def run_recipe(
     device: str = "auto",
     statistics: Path | None = None,
     reporter: measure.Reporter | None = None,
+    resume: bool = True,
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
+
+    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact.
 
     Analysis, scores, repair, fine-tuning and the parity check of exports see training images; test images are
     read by `evaluate` alone.
@@ -75,87 +81,70 @@ def run_recipe(
         device: Where to compute.
         statistics: The statistics file of an earlier run of the same model, data and seed; measured where None.
         reporter: Shows progress.
+        resume: Go on with a run of the same recipe in this folder; False starts again.
 
     Raises:
         SePruneError: Whatever a stage refuses; files of finished stages stay.
+        CheckpointError: The folder holds a stopped run of another recipe.
     """
     show = reporter or measure.Silent()
     folds = parse_request(recipe.apply.fold_gates, recipe.apply.fold_tolerance)
     budget = table_budget(recipe.apply, folds=folds is not None)
     check_ranges(budget, first_rounding(recipe.apply.round_to), recipe.apply.min_channels)
     timing = Timing(runtime=recipe.apply.runtime, threads=recipe.apply.threads)
-    hidden = recipe.apply.hidden
-    find(recipe.apply.criterion)
-    for name in recipe.export:
-        require_target(name)
+    _require_known(recipe)
     target = choose_device(device)
     dense, data = _opened(recipe)
     found = measure.structure(dense)
     rounding = resolve_rounding(recipe.apply.round_to, dense, found, timing, show)
     widths: dict[str, Any] = {"round_to": rounding, "min_channels": recipe.apply.min_channels}
-    if (
-        folds is None and not budget.timed
-    ):  # what is folded, and so what is left to cut, is known after the analysis
+    if folds is None and not budget.timed:  # what is folded, and so what is left, is known after the analysis
         costs = layer_costs(dense.module, found.cost.per_layer)
-        check_budget(found.couplings, costs, budget, **widths, hidden=hidden)
+        check_budget(found.couplings, costs, budget, **widths, hidden=recipe.apply.hidden)
     make_folder(folder)
-    stages: list[StageResult] = []
+    progress = Progress(folder, recipe, dense, data, resume=resume)
 
     def evaluated(stage: str, network: Network, seconds: float) -> Evaluation:
+        if stage in progress.stages:
+            return progress.stages[stage].evaluation
         _, result = jobs.assess(network, data, device=target, reporter=show)
-        stages.append(StageResult(stage=stage, evaluation=result, seconds=seconds))  # type: ignore[arg-type]
+        progress.add(StageResult(stage=stage, evaluation=result, seconds=seconds))  # type: ignore[arg-type]
         return result
 
     first = evaluated("dense", dense, 0.0)
-    clock = time.perf_counter()
-    gates = _gates(dense, found, data, statistics, seed=recipe.seed, device=target, show=show)
-    if gates is not None:
-        gates.save(folder / "statistics.safetensors")
-    chosen = jobs.plan(
-        dense,
-        found,
-        budget,
-        criterion=recipe.apply.criterion,
-        device=target,
-        data=data,
-        statistics=gates,
-        **widths,
-        hidden=hidden,
-        repair=recipe.apply.repair,
-        folds=folds,
-        timing=timing,
-        seed=recipe.seed,
-        reporter=show,
+    gates = _statistics(
+        dense, found, data, folder, progress, earlier=statistics, recipe=recipe, device=target, show=show
     )
-    applied = jobs.apply_plan(
-        dense,
-        found,
-        chosen,
-        device=target,
-        data=data,
-        repair=recipe.apply.repair,
-        seed=recipe.seed,
-        reporter=show,
-    )
-    seconds = time.perf_counter() - clock - applied.repair_seconds
-    evaluated("cut", Network(module=applied.cut, header=applied.network.header), seconds)
-    network, last = applied.network, stages[-1].evaluation
-    if recipe.apply.repair != "none":
-        last = evaluated("repaired", network, applied.repair_seconds)
-    if recipe.finetune is not None:
+    if progress.record.cut is None:
         clock = time.perf_counter()
-        total = recipe.finetune.epochs
-        with show.stage(f"fine-tune, {total} epochs", None) as update:
-            network = jobs.finetune(
-                network,
-                data,
-                recipe.finetune,
-                device=target,
-                teacher=dense,
-                seed=recipe.seed,
-                on_step=lambda log: update(1, total=log.total_steps, note=step_note(log)),
-            )
-        last = evaluated("fine-tuned", network, time.perf_counter() - clock)
+        common: dict[str, Any] = {
+            "device": target,
+            "data": data,
+            "repair": recipe.apply.repair,
+            "seed": recipe.seed,
+            "reporter": show,
+        }
+        options = {
+            **common,
+            **widths,
+            "statistics": gates,
+            "folds": folds,
+            "hidden": recipe.apply.hidden,
+            "timing": timing,
+        }
+        chosen = jobs.plan(dense, found, budget, criterion=recipe.apply.criterion, **options)
+        applied = jobs.apply_plan(dense, found, chosen, **common)
+        seconds = time.perf_counter() - clock - applied.repair_seconds
+        evaluated("cut", Network(module=applied.cut, header=applied.network.header), seconds)
+        progress.keep(applied)
+    # always the network of the file, so that a run which goes on computes with the same memory layout
+    network, cut = progress.cut(dense.header.arch.ref)
+    last = progress.stages["cut"].evaluation
+    if recipe.apply.repair != "none":
+        last = evaluated("repaired", network, cut.repair_seconds)
+    if recipe.finetune is not None:
+        network = _finetuned(network, dense, data, folder, progress, recipe=recipe, device=target, show=show)
+        last = evaluated("fine-tuned", network, trained_seconds(progress.folder))
     files = {"artifact": folder / "pruned.safetensors"}
     artifact.save(files["artifact"], network)
     artifact.save(folder / "dense.safetensors", dense)
@@ -168,13 +157,13 @@ def run_recipe(
         classes=data.classes,
         seed=recipe.seed,
         environment=environment(target),
-        plan=chosen,
-        cost_before=applied.before,
-        cost_after=applied.after,
+        plan=cut.plan,
+        cost_before=found.cost,
+        cost_after=cut.after,
         bytes_before=bytes_of(folder / "dense.safetensors"),
         bytes_after=bytes_of(files["artifact"]),
-        max_abs_diff_masked=applied.max_abs_diff_masked,
-        stages=tuple(stages),
+        max_abs_diff_masked=cut.max_abs_diff_masked,
+        stages=progress.record.stages,
         paired=paired(first, last, data.test),
         latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
         sites=() if gates is None else summarise(gates),
@@ -186,7 +175,15 @@ def run_recipe(
     page, markdown, _ = write_report([run], folder / "report.html")
     files |= {"report": page, "markdown": markdown}
     files |= {item.target: Path(item.output) for item in exported}
+    progress.finish()
     return RunOutcome(run=run, network=network, files=files)
+
+
+def _require_known(recipe: RunRecipe) -> None:
+    """Refuse an unknown criterion or target before anything is opened."""
+    find(recipe.apply.criterion)
+    for name in recipe.export:
+        require_target(name)
 
 
 def _opened(recipe: RunRecipe) -> tuple[Network, DataSource]:
@@ -196,27 +193,61 @@ def _opened(recipe: RunRecipe) -> tuple[Network, DataSource]:
     return for_classes(dense, data, recipe.apply.classes) if recipe.apply.classes else (dense, data)
 
 
-def _gates(
+def _statistics(
     dense: Network,
     found: measure.Structure,
     data: DataSource,
-    earlier: Path | None,
+    folder: Path,
+    progress: Progress,
     *,
-    seed: int,
+    earlier: Path | None,
+    recipe: RunRecipe,
     device: torch.device,
     show: measure.Reporter,
 ) -> Statistics | None:
-    """Return the statistics: those of an earlier run, or measured; None where there are no gates."""
+    """Return the statistics: those of an earlier run, or measured; None for a network without gate sites."""
+    path = folder / "statistics.safetensors"
     if not found.sites:
         return None
-    if earlier is not None:
-        return Statistics.load(earlier)
-    return measure.analyze(dense, data, device=device, seed=seed, reporter=show)
+    if not progress.record.statistics:
+        measured = (
+            Statistics.load(earlier)
+            if earlier is not None
+            else measure.analyze(dense, data, device=device, seed=recipe.seed, reporter=show)
+        )
+        measured.save(path)
+        progress.note(statistics=True)
+    return Statistics.load(path)
 
 
-def step_note(log: StepLog) -> str:
-    """Return what a progress bar says beside a training step."""
-    return f"epoch {log.epoch + 1}, loss {log.loss:.3f}, top-1 {100 * log.top1:.1f} %"
+def _finetuned(
+    network: Network,
+    dense: Network,
+    data: DataSource,
+    folder: Path,
+    progress: Progress,
+    *,
+    recipe: RunRecipe,
+    device: torch.device,
+    show: measure.Reporter,
+) -> Network:
+    settings, log = recipe.finetune, folder / "training.csv"
+    assert settings is not None
+    name = recipe.name or folder.name
+    with (
+        show.stage(f"fine-tune, {settings.epochs} epochs", None) as update,
+        following(settings, log, name=name, state=progress.folder) as follow,
+    ):
+        return jobs.finetune(
+            network,
+            data,
+            settings,
+            device=device,
+            teacher=dense,
+            seed=recipe.seed,
+            resume=progress.folder,
+            on_step=shown_steps(update, follow),
+        )
 
 
 def _exports(

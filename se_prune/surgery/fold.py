@@ -327,15 +327,7 @@ def kept_constants(
     Raises:
         SurgeryError: A site is unknown, or has another number of channels.
     """
-    removed = {group.name: set(group.removed) for group in plan.groups}
-    lost: dict[str, set[int]] = defaultdict(set)
-    for coupling in couplings:
-        gone = removed.get(coupling.group.name, set())
-        for piece in coupling.slices:
-            if piece.role == "out":
-                lost[piece.layer] |= {
-                    i for i, root in zip(piece.index, piece.root, strict=True) if root in gone
-                }
+    lost = lost_channels(plan, couplings)
     by_name = {site.name: site for site in sites}
     result = {}
     for name, value in planned_constants(plan).items():
@@ -346,3 +338,22 @@ def kept_constants(
         gone = lost[by_name[name].expand or ""]
         result[name] = value[[i for i in range(len(value)) if i not in gone]]
     return result
+
+
+def lost_channels(plan: Plan, couplings: Sequence[Coupling]) -> dict[str, set[int]]:
+    """Return per layer, by name, which of its output channels leave by a plan; none for layers it does not touch.
+
+    Args:
+        plan: What leaves.
+        couplings: The channel groups of the dense network.
+    """
+    removed = {group.name: set(group.removed) for group in plan.groups}
+    lost: dict[str, set[int]] = defaultdict(set)
+    for coupling in couplings:
+        gone = removed.get(coupling.group.name, set())
+        for piece in coupling.slices:
+            if piece.role == "out":
+                lost[piece.layer] |= {
+                    i for i, root in zip(piece.index, piece.root, strict=True) if root in gone
+                }
+    return lost

@@ -1,33 +1,49 @@
-"""The training loop of `train` and `finetune`: one device, distillation, EMA, AMP, resume after each epoch."""
+"""The training loop of `train` and `finetune`: one device, any number of starts, the same weights in the end."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from se_prune.data.batches import TensorImages
-from se_prune.errors import DataError, SePruneError
-from se_prune.files import make_folder
+from se_prune.data.source import balanced_subset
+from se_prune.errors import DataError, Interrupted, UsageError
 from se_prune.records import Preprocessing, TrainSettings
 from se_prune.schema import record, to_json
+from se_prune.surgery.repair import recalibrate_bn
+from se_prune.training.interrupt import Request, stop_request
+from se_prune.training.losses import FeatureLoss, FeatureMatch
+from se_prune.training.mixing import Mixing, require_pairs
 from se_prune.training.optim import build_optimizer, learning_rate
-from se_prune.training.state import load_state, save_state
+from se_prune.training.precision import amp_dtype
+from se_prune.training.state import Parts, Position, StateFile, fingerprint
+from se_prune.training.steps import Step, Sums, grouped, require_finite
+from se_prune.training.stopping import hold_out, top1
 from se_prune.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from se_prune.data import Split
+    from se_prune.data.batches import Batch
+
+#: Steps between two rows of the log, and between two readings of the sums on a device that must be waited for.
+LOG_EVERY = 20
 
 
 @record
 class StepLog:
-    """What one step reports: totals so far in the epoch."""
+    """What one step reports: `loss` and `top1` over the images of the epoch so far, the step's rate, the speed.
+
+    `logged` is true every few steps and at the end of an epoch: on a GPU `loss` and `top1` are taken then, and stay
+    in between. `held_out`, the top-1 on held-out images, comes in a report of its own after the last step of an epoch.
+    """
 
     epoch: int
     step: int
@@ -35,51 +51,56 @@ class StepLog:
     loss: float
     top1: float
     images: int
+    lr: float = 0.0
+    images_per_second: float = 0.0
+    logged: bool = False
+    held_out: float | None = None
 
 
 @record
 class TrainResult:
-    """The last epoch's mean loss and running training accuracy, and how many steps were run."""
+    """How many steps were run, and the last epoch's mean loss and running training accuracy.
+
+    `held_out_top1` is that of the weights which were kept, of epoch `best_epoch` (from 0) where the best ones are;
+    `seconds` were spent, over all starts.
+    """
 
     steps: int
     loss: float
     train_top1: float
+    held_out_top1: float | None = None
+    best_epoch: int | None = None
+    seconds: float = field(default=0.0, compare=False)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Run:
-    model: nn.Module
-    teacher: Teacher | None
+    """All that the loop holds; `ema` is the module of averaged weights inside `average`, timm's keeper of it."""
+
+    step: Step
+    split: Split
+    held: Split | None
     settings: TrainSettings
-    device: torch.device
-    amp: torch.dtype | None
-    forward: nn.Module
+    preprocessing: Preprocessing
+    seed: int
+    steps_per_epoch: int
+    average: Any
+    state: StateFile | None
+    position: Position
+    request: Request
+    on_step: Callable[[StepLog], None] | None
+    started: float
 
+    @property
+    def measured(self) -> nn.Module:
+        """The network whose weights count: the average where there is one."""
+        module: nn.Module = self.step.model if self.average is None else self.average.module
+        return module
 
-def amp_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type: `auto` is bf16 on devices that compute in it, fp16 on older GPUs, else none."""
-    if settings.amp == "off":
-        return None
-    if settings.amp != "auto":
-        return torch.float16 if settings.amp == "fp16" else torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_computes_bf16() else None
-
-
-def cpu_computes_bf16() -> bool:
-    """Say whether this CPU has instructions for bf16; without them bf16 is slower than float32."""
-    able: dict[str, object] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # torch before 2.11 has no such list
-    return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL divergence of softened outputs, times T² (Hinton et al. 2015); logits (N, classes)."""
-    student = F.log_softmax(logits / temperature, dim=1)
-    target = F.log_softmax(teacher / temperature, dim=1)
-    return F.kl_div(student, target, log_target=True, reduction="batchmean") * temperature**2
+    @property
+    def done(self) -> int:
+        """Steps done."""
+        return self.position.epoch * self.steps_per_epoch + self.position.step
 
 
 def fit(
@@ -94,6 +115,7 @@ def fit(
     no_decay: Collection[str] = (),
     resume: Path | None = None,
     on_step: Callable[[StepLog], None] | None = None,
+    features: FeatureMatch | None = None,
 ) -> TrainResult:
     """Train `model` in place on augmented images of `split`; it ends on the CPU in eval mode.
 
@@ -103,137 +125,266 @@ def fit(
         settings: Epochs, optimizer, augmentation, distillation.
         preprocessing: Input size and normalisation.
         device: Where to train.
-        seed: Fixes order and augmentation; weights come as they are.
+        seed: Fixes order, augmentation and dropout; weights come as they are.
         teacher: The dense network to distil from, or None.
         no_decay: Layers (by name) whose weights are not decayed, such as those of SE blocks.
-        resume: A folder that keeps the state after every epoch; a run found there goes on.
+        resume: A folder that keeps the state; a run found there goes on at its step. Ctrl-C then finishes the step.
         on_step: Called after every step.
+        features: Which features of the teacher the network has, for `distill_features`.
 
     Raises:
-        DataError: The split has no image.
+        DataError: The split has no image, or too few to hold some out.
+        UsageError: Settings do not go with the data, or features are to be distilled and were not matched.
         SePruneError: The loss is not finite.
         CheckpointError: `resume` holds another run.
+        Interrupted: The user stopped a run that `resume` keeps.
     """
     if len(split) == 0:
         raise DataError("there are no training images; check --data.")
+    if settings.distill_features and (teacher is None or features is None):
+        raise UsageError("distill_features needs the dense network; give it with --teacher.")
+    started = time.monotonic()
+    told = f"{to_json(replace(settings, track=()))} {seed}"
+    mark = fingerprint(told, [split.labels], [model] if teacher is None else [model, teacher])
+    held: Split | None = None
+    if settings.held_out:
+        split, held = hold_out(split, settings.held_out, seed)
+    require_pairs(settings, len(split))
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        stop_request(resume is not None) as request,
+        contextlib.ExitStack() as watched,
+    ):
+        torch.manual_seed(seed)
+        step, average = _prepare(
+            model,
+            split,
+            settings,
+            preprocessing=preprocessing,
+            device=device,
+            seed=seed,
+            teacher=teacher,
+            no_decay=no_decay,
+        )
+        parts, position = step.parts, Position()
+        state = None if resume is None else StateFile(resume, mark)
+        if state is not None:
+            position = state.load(parts)
+        if settings.distill_features and features is not None and teacher is not None:
+            step.features = FeatureLoss(features, device)
+            watched.enter_context(step.features.watching(model, teacher))
+        run = _Run(
+            step=step,
+            split=split,
+            held=held,
+            settings=settings,
+            preprocessing=preprocessing,
+            seed=seed,
+            steps_per_epoch=step.total // settings.epochs,
+            average=average,
+            state=state,
+            position=position,
+            request=request,
+            on_step=on_step,
+            started=started - position.seconds,
+        )
+        while position.epoch < settings.epochs and not position.stopped:
+            _epoch(run)
+    _finish(run, device)
+    return _result(run)
+
+
+def _prepare(
+    model: nn.Module,
+    split: Split,
+    settings: TrainSettings,
+    *,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    seed: int,
+    teacher: nn.Module | None,
+    no_decay: Collection[str],
+) -> tuple[Step, Any]:
+    """Put the networks on the device; return the step, and the average of the weights where one is kept."""
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+    mixing: Mixing | None = None
+    if settings.mixup > 0 or settings.cutmix > 0:
+        mixing = Mixing(settings, _outputs(model, preprocessing, device), seed)
+    average = _average(model, settings)
+    amp = amp_dtype(settings, device)
+    asked: Teacher | None = None
     if teacher is not None:
         teacher.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, settings, no_decay)
-    ema = _ema(model, settings)
-    modules: dict[str, nn.Module] = {"model": model}
-    if ema is not None:
-        modules["ema"] = ema.module
-    steps_per_epoch = max(1, len(split) // min(settings.batch_size, len(split)))
-    total = steps_per_epoch * settings.epochs
-    fingerprint = _fingerprint(settings, seed, len(split), model, teacher)
-    done = 0
-    if resume is not None:
-        make_folder(resume)
-        done = load_state(resume, fingerprint, modules, optimizer)
-    asked = None if teacher is None else Teacher(teacher, layout)
-    amp = amp_dtype(settings, device)
-    if asked is not None and device.type == "cpu" and isinstance(split, TensorImages):
-        with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
-            asked.prepare(split, settings, preprocessing)
-    forward = torch.compile(model) if settings.compile else model
-    run = _Run(model, asked, settings, device, amp, forward)  # type: ignore[arg-type]
-    scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-    result = TrainResult(steps=done, loss=float("nan"), train_top1=float("nan"))
-    for epoch in range(done // steps_per_epoch, settings.epochs):
-        loss_sum, right, seen = 0.0, 0, 0
-        batches = split.training_batches(settings, preprocessing, seed=seed, epoch=epoch)
-        for index, (images, labels) in enumerate(batches):
-            step = epoch * steps_per_epoch + index
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step, total)
-            loss, correct = _step(run, images, labels, optimizer=optimizer, scaler=scaler, layout=layout)
-            if ema is not None:
-                ema.update(model, step=step + 1)
-            loss_sum, right, seen = loss_sum + loss * len(labels), right + correct, seen + len(labels)
-            if on_step is not None:
-                on_step(
-                    StepLog(
-                        epoch=epoch,
-                        step=step + 1,
-                        total_steps=total,
-                        loss=loss_sum / seen,
-                        top1=right / seen,
-                        images=seen,
-                    )
-                )
-        result = TrainResult(
-            steps=(epoch + 1) * steps_per_epoch, loss=loss_sum / seen, train_top1=right / seen
+        asked = Teacher(teacher, layout)
+        if device.type == "cpu" and isinstance(split, TensorImages):
+            with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
+                asked.prepare(split, settings, preprocessing)
+    modules = {"model": model} if average is None else {"model": model, "ema": average.module}
+    batches = max(1, len(split) // min(settings.batch_size, len(split)))
+    step = Step(
+        model=model,
+        forward=torch.compile(model) if settings.compile else model,  # type: ignore[arg-type]
+        settings=settings,
+        parts=Parts(
+            modules=modules,
+            optimizer=build_optimizer(model, settings, no_decay),
+            scaler=torch.amp.GradScaler(device.type, enabled=amp is torch.float16),
+            device=device,
+        ),
+        amp=amp,
+        layout=layout,
+        total=settings.epochs * -(-batches // settings.accumulate),
+        teacher=asked,
+        mixing=mixing,
+    )
+    return step, average
+
+
+def _epoch(run: _Run) -> None:
+    """Run the rest of one epoch, from the step where the position stands."""
+    position, settings = run.position, run.settings
+    sums = Sums(position, run.step.parts.device)
+    batches = run.split.training_batches(settings, run.preprocessing, seed=run.seed, epoch=position.epoch)
+    groups = islice(grouped(batches, settings.accumulate), position.step, None)
+    while (group := _next(run, groups)) is not None:
+        run.step(group, run.done, sums)
+        position.step += 1
+        if run.average is not None:
+            run.average.update(run.step.model, step=run.done)
+        ends = position.step == run.steps_per_epoch
+        _report(run, sums, logged=ends or position.step % LOG_EVERY == 0)
+        if not ends and (run.request.made or (run.state is not None and run.state.due())):
+            sums.read(position)
+            _save(run)
+            _stop_where_asked(run)
+    _end_epoch(run, sums)
+
+
+def _next(run: _Run, groups: Iterator[list[Batch]]) -> list[Batch] | None:
+    """Return the next batches, or None; loader processes that Ctrl-C ended with ours are no error."""
+    try:
+        return next(groups, None)
+    except RuntimeError:
+        _stop_where_asked(run)
+        raise
+
+
+def _report(run: _Run, sums: Sums, *, logged: bool) -> None:
+    """Tell how the epoch goes; a device that must be waited for is read only where the report is logged."""
+    position = run.position
+    if logged or run.step.parts.device.type == "cpu":
+        sums.read(position)
+    if run.on_step is None:
+        return
+    run.on_step(
+        StepLog(
+            epoch=position.epoch,
+            step=run.done,
+            total_steps=run.step.total,
+            loss=position.loss_sum / max(1, position.seen),
+            top1=position.right / max(1, position.seen),
+            images=sums.seen,
+            lr=learning_rate(run.settings, run.done - 1, run.step.total),
+            images_per_second=sums.rate(restart=logged),
+            logged=logged,
         )
-        _require_finite(*model.state_dict().values())
-        if resume is not None:
-            save_state(resume, fingerprint, result.steps, modules, optimizer)
-    if ema is not None:
-        model.load_state_dict(ema.module.state_dict())
+    )
+
+
+def _end_epoch(run: _Run, sums: Sums) -> None:
+    """Measure held-out images, note whether the epoch is the best, and save."""
+    position, parts = run.position, run.step.parts
+    sums.read(position)
+    last = run.done
+    position.loss = position.loss_sum / max(1, position.seen)
+    position.top1 = position.right / max(1, position.seen)
+    if run.held is not None:
+        position.held_out = top1(run.measured, run.held, run.preprocessing, parts.device)
+        if position.held_out > position.best_top1:
+            position.best_top1, position.best_epoch = position.held_out, position.epoch
+            if run.settings.keep == "best":
+                parts.best = {k: v.detach().cpu().clone() for k, v in run.measured.state_dict().items()}
+        patience = run.settings.patience
+        position.stopped = 0 < patience <= position.epoch - position.best_epoch
+        _report_held_out(run, last)
+    position.epoch, position.step = position.epoch + 1, 0
+    position.loss_sum, position.right, position.seen = 0.0, 0, 0
+    _save(run)
+    if position.epoch < run.settings.epochs and not position.stopped:
+        _stop_where_asked(run)
+
+
+def _report_held_out(run: _Run, step: int) -> None:
+    position = run.position
+    if run.on_step is not None:
+        run.on_step(
+            StepLog(
+                epoch=position.epoch,
+                step=step,
+                total_steps=run.step.total,
+                loss=position.loss,
+                top1=position.top1,
+                images=position.seen,
+                lr=learning_rate(run.settings, step - 1, run.step.total),
+                logged=True,
+                held_out=position.held_out,
+            )
+        )
+
+
+def _save(run: _Run) -> None:
+    require_finite(*run.step.model.state_dict().values())
+    run.position.seconds = time.monotonic() - run.started
+    if run.state is not None:
+        run.state.save(run.position, run.step.parts)
+
+
+def _stop_where_asked(run: _Run) -> None:
+    if run.request.made and run.state is not None:
+        raise Interrupted(
+            f"stopped after step {run.done} of {run.step.total}; the state is in {run.state.path.parent}, and the "
+            "same command goes on from there."
+        )
+
+
+@torch.no_grad()
+def _finish(run: _Run, device: torch.device) -> None:
+    """Leave the weights that count in the model, on the CPU."""
+    model, settings = run.step.model, run.settings
+    best = run.step.parts.best
+    if best or run.average is not None:
+        model.load_state_dict(best or run.measured.state_dict())
+    if settings.ema_decay > 0 and settings.ema_bn_images > 0:
+        images = balanced_subset(run.split, settings.ema_bn_images, run.seed)
+        recalibrate_bn(model, images, run.preprocessing, device=device)
     model.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    return result
 
 
-def _step(
-    run: _Run,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    layout: torch.memory_format,
-) -> tuple[float, int]:
-    """One optimizer step; returns the batch's mean loss and how many images were right."""
-    settings = run.settings
-    images = images.to(run.device, memory_format=layout, non_blocking=True)
-    labels = labels.to(run.device, non_blocking=True)
-    with torch.autocast(run.device.type, run.amp or torch.bfloat16, enabled=run.amp is not None):
-        logits = run.forward(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
-        if run.teacher is not None:
-            target = run.teacher(images)
-            soft = distillation_loss(logits.float(), target.float(), settings.distill_temperature)
-            loss = (1 - settings.distill_weight) * loss + settings.distill_weight * soft
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    if settings.clip_norm > 0:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    _require_finite(loss.detach())
-    return float(loss.detach()), int((logits.detach().argmax(1) == labels).sum())
+def _result(run: _Run) -> TrainResult:
+    position, best = run.position, run.settings.keep == "best"
+    return TrainResult(
+        steps=run.done,
+        loss=position.loss,
+        train_top1=position.top1,
+        held_out_top1=position.best_top1 if best else position.held_out,
+        best_epoch=position.best_epoch if best else None,
+        seconds=position.seconds,
+    )
 
 
-def _require_finite(*values: torch.Tensor) -> None:
-    """Stop where the loss or the weights have left the numbers; the last state that was saved is good.
-
-    Raises:
-        SePruneError: A value is NaN or infinite.
-    """
-    if not all(bool(torch.isfinite(value).all()) for value in values):
-        raise SePruneError(
-            "the training diverged (its loss or weights are not numbers any more); lower the learning rate (--lr), "
-            'or put amp = "off" in the recipe.'
-        )
+@torch.no_grad()
+def _outputs(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> int:
+    """Return how many classes a network in training mode has; its BN statistics stay as they are."""
+    model.eval()
+    outputs = model(torch.zeros(1, *preprocessing.input_size, device=device)).shape[1]
+    model.train()
+    return int(outputs)
 
 
-def _ema(model: nn.Module, settings: TrainSettings):  # type: ignore[no-untyped-def]
+def _average(model: nn.Module, settings: TrainSettings) -> Any:
     if settings.ema_decay <= 0:
         return None
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True)
-
-
-def _fingerprint(
-    settings: TrainSettings, seed: int, images: int, model: nn.Module, teacher: nn.Module | None
-) -> str:
-    """Identify a run by its settings, its images, and the weights that it starts and distils from."""
-    digest = hashlib.sha256(f"{to_json(settings)} {seed} {images} {teacher is not None}".encode())
-    for network in (model, teacher):
-        for name, value in {} if network is None else network.state_dict().items():
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -11,6 +11,9 @@ from torch import nn
 
 from se_prune.records import TrainSettings
 
+#: The one-cycle schedule starts at this part of the largest rate, and ends at that part of its start.
+ONECYCLE_START, ONECYCLE_END = 25.0, 1e4
+
 
 def build_optimizer(
     model: nn.Module, settings: TrainSettings, no_decay: Collection[str]
@@ -32,11 +35,22 @@ def build_optimizer(
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
-    """Linear warm-up over the share `warmup` of all steps, then cosine to zero (or constant)."""
+    """Return the rate of a step: linear warm-up over the share `warmup` of all steps, then as the schedule says.
+
+    `cosine` falls to zero, `constant` stays, `onecycle` rises and falls along cosines (Smith 2018), between the
+    shares that torch's OneCycleLR takes.
+    """
     warm = settings.warmup * total
+    onecycle = settings.schedule == "onecycle"
+    if step < warm and onecycle:
+        return _cosine(settings.lr / ONECYCLE_START, settings.lr, (step + 1) / max(1.0, warm))
     if step < warm:
         return settings.lr * (step + 1) / max(1.0, warm)
     if settings.schedule == "constant":
         return settings.lr
     progress = (step - warm) / max(1.0, total - warm)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return _cosine(settings.lr, settings.lr / ONECYCLE_START / ONECYCLE_END if onecycle else 0.0, progress)
+
+
+def _cosine(first: float, last: float, progress: float) -> float:
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -31,7 +31,15 @@ class Teacher:
         forms = [split]
         if settings.flip > 0:
             forms.append(TensorImages(images=split.images.flip(-1), labels=split.labels))
-        if settings.crop_padding > 0 or settings.erase > 0 or settings.epochs <= len(forms):
+        changing = (
+            settings.crop_padding,
+            settings.erase,
+            settings.rand_augment,
+            settings.mixup,
+            settings.cutmix,
+            settings.distill_features,
+        )
+        if max(changing) > 0 or settings.epochs <= len(forms):
             return
         answers: list[torch.Tensor] = []
         keys: list[bytes] = []

@@ -464,7 +464,7 @@ BAD = {
         "lr must be at least 0.0 and finite, got nan",
     ),
     "a state below a file": (
-        "finetune cut.safetensors --data data --epochs 1 --resume file/state -o x.safetensors",
+        "finetune cut.safetensors --data data --epochs 1 --state file/state -o x.safetensors",
         "cannot make the folder file/state",
     ),
     "a broken image": (

@@ -3,6 +3,9 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -11,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from se_prune.errors import SePruneError
-from se_prune.files import make_folder, require_writable, whole_file, write_tensors, write_text
+from se_prune.files import make_folder, remove_folder, require_writable, whole_file, write_tensors, write_text
 
 
 @pytest.fixture
@@ -181,3 +184,54 @@ def test_a_pipe_is_not_replaced(tmp_path):
             write()
     assert pipe.is_fifo()
     assert names(tmp_path) == ["pipe"]
+
+
+def test_what_a_killed_write_left_goes_at_the_next_one(tmp_path):
+    target = tmp_path / "net.safetensors"
+    left = [tmp_path / f".net.safetensors.{code}.safetensors" for code in ("abcdefgh", "1_345678")]
+    others = [
+        tmp_path / name
+        for name in (".net.safetensors.safetensors", ".other.safetensors.abcdefgh.safetensors")
+    ]
+    for path in (*left, *others):
+        path.write_bytes(b"half")
+    write_tensors(target, {"a": torch.zeros(3)}, {})
+    assert names(tmp_path) == sorted([target.name, *(path.name for path in others)])
+    left[0].write_bytes(b"half")
+    require_writable(target)
+    assert not left[0].exists()
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    target = tmp_path / "file.txt"
+    with whole_file(target) as temporary:
+        write_text(target, "first")
+        assert temporary.exists()
+        temporary.write_text("second")
+    assert target.read_text() == "second"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_a_writer_that_was_killed(tmp_path):
+    script = (
+        "import os, signal, sys\n"
+        "from se_prune.files import whole_file\n"
+        "with whole_file(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "file.txt")], check=False)
+    assert done.returncode == -9
+    assert len(names(tmp_path)) == 1
+    write_text(tmp_path / "file.txt", "whole")
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_a_folder_is_removed_with_all_in_it(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    remove_folder(tmp_path / "a")
+    remove_folder(tmp_path / "a")
+    assert names(tmp_path) == []
+    monkeypatch.setattr("shutil.rmtree", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(SePruneError, match=r"cannot remove .*a: Permission denied; remove it by hand"):
+        remove_folder(tmp_path / "a")

@@ -18,9 +18,10 @@ from se_prune.gates.sites import find_sites
 from se_prune.pipeline.jobs import gate_layers
 from se_prune.records import TrainSettings
 from se_prune.training import fit
-from se_prune.training.loop import amp_dtype, distillation_loss
+from se_prune.training.losses import distillation_loss
 from se_prune.training.optim import build_optimizer, learning_rate
-from se_prune.training.state import STATE_FILE, load_state, save_state
+from se_prune.training.precision import amp_dtype
+from se_prune.training.state import STATE_FILE, Parts, Position, StateFile
 from se_prune.training.teacher import Teacher
 from tests.nets import DEPTHWISE, DepthwiseSE, ResidualSE
 from tests.tiny import GREY, stripes
@@ -443,16 +444,26 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         train(net(), SGD, resume=tmp_path / "file")
 
 
+def parts_of(model, optimizer):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Parts(modules={"model": model}, optimizer=optimizer, scaler=scaler, device=CPU)
+
+
 def test_state_without_a_run(tmp_path):
     model = net()
     optimizer = build_optimizer(model, ADAMW, ())
-    assert load_state(tmp_path, "me", {"model": model}, optimizer) == 0
+    parts, at = (
+        parts_of(model, optimizer),
+        Position(epoch=2, step=3, loss=0.5, top1=0.1, loss_sum=0.1, best_top1=1 / 3),
+    )
+    state = StateFile(tmp_path, "me")
+    assert state.load(parts).epoch == 0
     model(DEPTHWISE.images(4)).sum().backward()
     optimizer.step()
-    save_state(tmp_path, "me", 7, {"model": model}, optimizer)
+    state.save(at, parts)
     other = net(1)
     fresh = build_optimizer(other, ADAMW, ())
-    assert load_state(tmp_path, "me", {"model": other}, fresh) == 7
+    assert StateFile(tmp_path, "me").load(parts_of(other, fresh)) == at
     assert same(model, other)
     mine, theirs = optimizer.state_dict()["state"], fresh.state_dict()["state"]
     assert mine.keys() == theirs.keys()

@@ -24,6 +24,7 @@ from se_prune_cli.output import (
     model_options,
 )
 from se_prune_cli.tables import accuracy
+from se_prune_cli.training import Resume, State, Track, forget, trained
 
 
 def command(
@@ -40,9 +41,9 @@ def command(
     epochs: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
     lr: Annotated[float | None, typer.Option(help="Overrides the recipe.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the state after every epoch; run again to go on.")
-    ] = None,
+    resume: Resume = True,
+    state: State = None,
+    track: Track = None,
     arch: Arch = None,
     pretrained: Pretrained = False,
     ema: Ema = False,
@@ -59,17 +60,17 @@ def command(
     from se_prune.data import open_data
     from se_prune.device import choose_device
     from se_prune.files import require_writable
-    from se_prune.pipeline.run import step_note
     from se_prune.recipe import find_recipe, train_settings
 
     out, show = Output(as_json), Progressed()
     file = None if recipe is None else find_recipe(recipe)
-    settings = train_settings(file, "finetune", epochs=epochs, lr=lr, batch_size=batch_size)
+    settings = train_settings(file, "finetune", epochs=epochs, lr=lr, batch_size=batch_size, track=track)
     require_writable(output)
     target, source = choose_device(device), open_data(data)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     dense = None if teacher is None else open_model(teacher, pretrained=teacher_pretrained)
-    with show.stage(f"fine-tune, {settings.epochs} epochs", None) as update:
+    title = f"fine-tune, {settings.epochs} epochs"
+    with trained(title, output, settings, state=state, resume=resume) as options:
         tuned = pipeline.finetune(
             network,
             source,
@@ -77,11 +78,11 @@ def command(
             device=target,
             teacher=dense,
             seed=seed,
-            resume=resume,
-            on_step=lambda log: update(1, total=log.total_steps, note=step_note(log)),
+            **options,
         )
     tuned, result = pipeline.assess(tuned, source, device=target, reporter=show)
     artifact.save(output, tuned)
+    forget(output, state)
     out.table(str(output), *accuracy([("fine-tuned", result)]))
     out.document(
         {"n": result.n, "top1": result.top1, "top1_ci95": list(result.top1_ci95), "output": str(output)}

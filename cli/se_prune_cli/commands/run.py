@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from se_prune_cli.output import Device, Json, Output
+from se_prune_cli.training import Resume
 from se_prune_cli.whole import run_and_show
 
 
@@ -17,11 +18,18 @@ def command(
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for all files.")] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's.")] = None,
+    resume: Resume = True,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Analyse, cut, repair, fine-tune, evaluate, export and report, as a recipe says."""
     folder = output or Path("runs") / recipe.stem
     run_and_show(
-        recipe, folder, f"se-prune run {recipe} -o {folder}", Output(as_json), device=device, seed=seed
+        recipe,
+        folder,
+        f"se-prune run {recipe} -o {folder}",
+        Output(as_json),
+        device=device,
+        seed=seed,
+        resume=resume,
     )

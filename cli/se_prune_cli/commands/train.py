@@ -14,12 +14,12 @@ from se_prune_cli.output import (
     Json,
     Mean,
     Output,
-    Progressed,
     Seed,
     Std,
     preprocessing_options,
 )
 from se_prune_cli.tables import accuracy
+from se_prune_cli.training import Resume, State, Track, forget, trained
 
 
 def command(
@@ -30,12 +30,12 @@ def command(
     epochs: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
     lr: Annotated[float | None, typer.Option(help="Overrides the recipe.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Overrides the recipe.")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the state after every epoch; run again to go on.")
-    ] = None,
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
+    resume: Resume = True,
+    state: State = None,
+    track: Track = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -45,16 +45,15 @@ def command(
     from se_prune.data import open_data
     from se_prune.device import choose_device
     from se_prune.files import require_writable
-    from se_prune.pipeline.run import step_note
     from se_prune.recipe import find_recipe, train_settings
 
     out = Output(as_json)
     file = None if recipe is None else find_recipe(recipe)
-    settings = train_settings(file, "train", epochs=epochs, lr=lr, batch_size=batch_size)
+    settings = train_settings(file, "train", epochs=epochs, lr=lr, batch_size=batch_size, track=track)
     require_writable(output)
     target, source = choose_device(device), open_data(data)
-    options = preprocessing_options(input_size, mean, std)
-    with Progressed().stage(f"train {arch}", None) as update:
+    sizes = preprocessing_options(input_size, mean, std)
+    with trained(f"train {arch}", output, settings, state=state, resume=resume) as options:
         network, result = pipeline.train(
             arch,
             source,
@@ -62,10 +61,10 @@ def command(
             device=target,
             seed=seed,
             **options,
-            resume=resume,
-            on_step=lambda log: update(1, total=log.total_steps, note=step_note(log)),
+            **sizes,
         )
     artifact.save(output, network)
+    forget(output, state)
     out.table(str(output), *accuracy([(arch, result)]))
     out.document(
         {"n": result.n, "top1": result.top1, "top1_ci95": list(result.top1_ci95), "output": str(output)}
