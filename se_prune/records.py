@@ -320,7 +320,29 @@ class Plan:
 
 @record
 class TrainSettings:
-    """How to train or fine-tune; every field is a key of a recipe's `[train]` or `[finetune]` table."""
+    """How to train or fine-tune; every field is a key of a recipe's `[train]` or `[finetune]` table.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images of one step.
+        optimizer: SGD with Nesterov momentum, or AdamW.
+        lr: The largest learning rate.
+        momentum: Of SGD.
+        weight_decay: Of weights; biases, BN and the gates' own layers have none.
+        schedule: After the warm-up `cosine` falls to zero and `constant` stays.
+        warmup: Share of the steps in which the rate rises.
+        label_smoothing: Share of the target that is spread over all classes.
+        ema_decay: Decay per step of the average of the weights that is kept in place of the last ones; 0 for none.
+        crop_padding: Random shift by up to so many pixels (images in memory).
+        flip: Probability of a horizontal flip.
+        erase: Probability of random erasing.
+        clip_norm: Largest norm of the gradient; 0 for no bound.
+        amp: Mixed precision; `auto` is bf16 where the device computes in it, else fp16 on GPUs.
+        channels_last: Memory layout (N, H, W, C).
+        compile: Compile the network with torch.compile.
+        distill_weight: Share of the loss that follows the teacher's outputs rather than the labels.
+        distill_temperature: Softens both outputs.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     epochs: int = 30

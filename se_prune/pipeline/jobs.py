@@ -247,6 +247,7 @@ def apply_plan(
     )
     header = replace(
         network.header,
+        classes=network.header.classes or (() if data is None else data.classes),
         plan=chosen,
         geometry=artifact.merged_geometry(network, module),
         folded={**network.header.folded, **folded},

@@ -7,8 +7,16 @@ from typing import Annotated
 
 import typer
 
-from se_prune_cli.output import Device, Json, Output
+from se_prune_cli.output import Device, Json, OptionalData, Output, Workers
 from se_prune_cli.whole import run_and_show
+
+
+def _keys(show: bool) -> None:
+    if show:
+        from se_prune.recipe import key_reference
+
+        typer.echo(key_reference(), nl=False)
+        raise typer.Exit
 
 
 def command(
@@ -16,12 +24,25 @@ def command(
         Path, typer.Argument(help="A TOML file, or the name of a recipe that ships with se-prune.")
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for all files.")] = None,
+    data: OptionalData = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", callback=_keys, is_eager=True, help="Print every key of a recipe.")
+    ] = False,
+    workers: Workers = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Analyse, cut, repair, fine-tune, evaluate, export and report, as a recipe says."""
     folder = output or Path("runs") / recipe.stem
+    del keys
     run_and_show(
-        recipe, folder, f"se-prune run {recipe} -o {folder}", Output(as_json), device=device, seed=seed
+        recipe,
+        folder,
+        f"se-prune run {recipe} -o {folder}",
+        Output(as_json),
+        device=device,
+        seed=seed,
+        data=data,
+        workers=workers,
     )

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from se_prune_cli.output import Data, Device, Json, Output, Progressed, Seed
+from se_prune_cli.output import (
+    Data,
+    Device,
+    Json,
+    MaxBadImages,
+    Output,
+    Progressed,
+    Seed,
+    Workers,
+)
 from se_prune_cli.tables import accuracy
 
 
@@ -23,6 +32,8 @@ def command(
         Path | None, typer.Option(help="Folder that keeps the state after every epoch; run again to go on.")
     ] = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    max_bad_images: MaxBadImages = 0.001,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -38,7 +49,7 @@ def command(
     file = None if recipe is None else find_recipe(recipe)
     settings = train_settings(file, "train", epochs=epochs, lr=lr, batch_size=batch_size)
     require_writable(output)
-    target, source = choose_device(device), open_data(data)
+    target, source = choose_device(device), open_data(data, workers=workers, max_bad_images=max_bad_images)
     with Progressed().stage(f"train {arch}", None) as update:
         network, result = pipeline.train(
             arch,
