@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from se_prune.data.batches import Batch
@@ -63,10 +64,16 @@ class _Transformed(Dataset[_Read]):
         try:
             picture = decoded(self.source.image(index), self.transform.mode)
         except BROKEN as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return _Read(index, label, None, self.source.name(index), reason)
+            return _Read(index, label, None, self.source.name(index), _reason(error))
         with _own_randomness(self.seed, index):
             return _Read(index, label, self.transform(picture))
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error in one line, without the path or the address that Pillow adds."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a known kind"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -184,6 +184,7 @@ def _require_length(path: Path, found: int, expected: Sequence[int]) -> None:
 def _read_shard(path: Path, label_key: str) -> Iterator[tuple[int, int, int]]:
     """Yield (offset, size, label) of the images in a shard, in order."""
     try:
+        _require_end(path)
         with tarfile.open(path, "r:") as tar:
             key = ""
             parts: dict[str, tarfile.TarInfo] = {}
@@ -199,6 +200,15 @@ def _read_shard(path: Path, label_key: str) -> Iterator[tuple[int, int, int]]:
             yield from _sample(path, tar, key, parts, label_key)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path} is not a whole tar file ({error}); copy it again.") from error
+
+
+def _require_end(path: Path) -> None:
+    """Check for the empty block that ends a tar file, since tarfile takes a file cut within a header as whole."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - tarfile.BLOCKSIZE))
+        if size % tarfile.BLOCKSIZE or any(file.read()):
+            raise tarfile.ReadError("its end is missing")
 
 
 def _sample(

@@ -51,7 +51,6 @@ class Unreadable:
         return "; ".join(first) + (" …" if len(self.found) > NAMED else "")
 
     def warn(self, known: int) -> None:
-        """Log what was found beyond the first `known` ones."""
-        new = len(self.found) - known
-        if new:
+        """Log what a pass has found beyond the first `known` ones; what is too much ends in an error instead."""
+        if known < len(self.found) <= self.limit:
             LOG.warning("%d of %d images are left out: %s", len(self.found), self.images, self.listed())
