@@ -6,7 +6,7 @@ Training images serve analysis, scores, repair and fine-tuning; the test split i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,7 +139,25 @@ def _torchvision(ref: str, name: str, root: str) -> DataSource | tuple[RawImages
         for images, opened in zip(arrays, (train, test), strict=True)
         if images is not None
     ]
-    return _images(ref, splits[0], splits[1], classes=(train.classes, test.classes))
+    data = _images(ref, splits[0], splits[1], classes=(train.classes, test.classes))
+    return replace(data, preprocessing=_own_preprocessing(splits[0].images))
+
+
+def _own_preprocessing(images: torch.Tensor) -> Preprocessing:
+    """Return the size of images (N, C, H, W) of bytes, and their mean and deviation per channel."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    shares = [
+        torch.bincount(images[:, c].flatten(), minlength=256) / images[:, c].numel()
+        for c in range(images.shape[1])
+    ]
+    means = [float((share * levels).sum()) for share in shares]
+    variances = [float((s * (levels - m) ** 2).sum()) for s, m in zip(shares, means, strict=True)]
+    channels, height, width = images.shape[1:]
+    return Preprocessing(
+        input_size=(channels, height, width),
+        mean=tuple(round(m, 4) for m in means),
+        std=tuple(round(max(v, 1e-8) ** 0.5, 4) for v in variances),
+    )
 
 
 def _fashion(ref: str, prefixes: tuple[str, str], folder: Path) -> DataSource:

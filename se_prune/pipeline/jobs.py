@@ -337,9 +337,9 @@ def new_network(arch: str, data: DataSource, seed: int) -> Network:
     """Build an architecture with random weights, with the class count and channels of a data set."""
     kwargs: dict[str, Any] = {"num_classes": len(data.classes)}
     own = data.preprocessing
-    if own is not None and own.input_size[0] != 3:
-        kwargs["in_channels"] = own.input_size[0]
     spec: ArchSpec = registry.resolve(arch, **kwargs)
+    if own is not None and own.input_size[0] != registry.default_preprocessing(spec).input_size[0]:
+        spec = replace(spec, kwargs={**kwargs, "in_channels": own.input_size[0]})
     torch.manual_seed(seed)
     module = registry.build(spec).eval()
     preprocessing = registry.default_preprocessing(spec, module)

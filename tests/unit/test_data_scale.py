@@ -20,6 +20,7 @@ from se_prune.data.source import balanced_subset, reference_name
 from se_prune.errors import DataError, UsageError
 from se_prune.evaluate import evaluate, paired
 from se_prune.pipeline.classes import like
+from se_prune.pipeline.jobs import new_network
 from se_prune.pipeline.measure import matching
 from se_prune.records import ArchSpec, ArtifactHeader, Preprocessing, TrainSettings
 from tests.tiny import png_folder
@@ -348,6 +349,12 @@ def test_sets_of_arrays_are_held_in_memory(tmp_path, monkeypatch):
     data = open_data(f"torch/cifar10@{tmp_path}")
     assert data.name == "torch/cifar10"
     assert data.train.images.shape == (3, 3, 4, 4)
+    own = data.preprocessing
+    assert own.input_size == (3, 4, 4)
+    ((images, _),) = data.train.batches(3, own)
+    assert images.mean((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-3)
+    assert images.std((0, 2, 3), correction=0).tolist() == pytest.approx([1] * 3, abs=1e-3)
+    assert new_network("zoo:se_resnet20", data, 0).header.preprocessing.input_size[0] == 3
     assert data.train.images[1, 2, 0, 0] == Arrays.data[1, 0, 0, 2]
     assert (data.classes, data.train.labels.tolist()) == (("ant", "bee"), [0, 1, 1])
 
