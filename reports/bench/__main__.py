@@ -16,6 +16,7 @@ STUDIES = (
     "folding",
     "criteria",
     "discovery",
+    "recipes",
 )
 
 
