@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from se_prune.data.source import readable
 from se_prune.errors import DataError
 from se_prune.records import Preprocessing
 from se_prune.results import Evaluation, PairedTest
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from se_prune.data import Split
 
 Z95 = 1.959963984540054
+#: What stands for the prediction of an image that cannot be read, which counts nowhere.
+UNREADABLE = -1
 
 
 def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
@@ -69,7 +72,7 @@ def evaluate(
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Run `model` in eval mode over every image of `split` once.
+    """Run `model` in eval mode over every image of `split` once; those that cannot be read count nowhere.
 
     Args:
         model: The network; it stays on `device` in eval mode.
@@ -86,8 +89,8 @@ def evaluate(
     if len(split) == 0:
         raise DataError("there are no images to evaluate; check --data.")
     model.to(device).eval()
-    predictions, top5, loss = [], 0, 0.0
-    for images, labels in split.batches(batch_size, preprocessing):
+    predicted, top5, loss = torch.full((len(split),), UNREADABLE), 0, 0.0
+    for number, (images, labels) in enumerate(split.batches(batch_size, preprocessing)):
         logits = model(images.to(device, non_blocking=True)).float().cpu()
         if int(labels.max()) >= logits.shape[1]:
             raise DataError(
@@ -97,16 +100,20 @@ def evaluate(
         loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         best = logits.topk(min(5, logits.shape[1])).indices
         top5 += int((best == labels[:, None]).any(1).sum())
-        predictions.append(logits.argmax(1))
+        start = number * batch_size
+        places = readable(split, torch.arange(start, min(start + batch_size, len(split))))
+        predicted[places] = logits.argmax(1)
         if on_batch is not None:
             on_batch(len(labels))
-    predicted = torch.cat(predictions)
-    hit = predicted == split.labels
+    seen = predicted != UNREADABLE
+    if not seen.any():
+        raise DataError("none of the images to evaluate can be read; check --data.")
+    targets, hit = split.labels[seen], (predicted == split.labels)[seen]
     per_class = {}
-    for label in torch.unique(split.labels).tolist():
+    for label in torch.unique(targets).tolist():
         name = classes[label] if label < len(classes) else str(label)
-        per_class[name] = float(hit[split.labels == label].double().mean())
-    n, right = len(split), int(hit.sum())
+        per_class[name] = float(hit[targets == label].double().mean())
+    n, right = len(targets), int(hit.sum())
     return Evaluation(
         n=n,
         top1=right / n,
@@ -119,9 +126,7 @@ def evaluate(
 
 
 def paired(first: Evaluation, second: Evaluation, split: Split) -> PairedTest:
-    """McNemar test of two evaluations of the same split; the difference is second minus first."""
-    labels = split.labels.tolist()
-    return mcnemar(
-        [p == t for p, t in zip(first.predictions, labels, strict=True)],
-        [p == t for p, t in zip(second.predictions, labels, strict=True)],
-    )
+    """McNemar test of two evaluations on the images of a split that both have read; second minus first."""
+    three = zip(first.predictions, second.predictions, split.labels.tolist(), strict=True)
+    both = [(a == t, b == t) for a, b, t in three if UNREADABLE not in (a, b)]
+    return mcnemar([a for a, _ in both], [b for _, b in both])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+import re
 import tomllib
 from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from se_prune.errors import SePruneError, UsageError, nearest
 from se_prune.records import Budget, HiddenPolicy, RepairMode, TrainSettings
@@ -19,7 +22,14 @@ SOURCE = Path(__file__).parent.parent / "recipes"
 
 @record
 class ModelTable:
-    """`[model]`: what to compress, as MODEL, `--arch`, `--pretrained` and `--ema` take it."""
+    """`[model]`: what to compress, as MODEL, `--arch`, `--pretrained` and `--ema` take it.
+
+    Attributes:
+        ref: An artifact, a checkpoint or ONNX file, or an architecture such as `timm:efficientnet_b0`.
+        arch: Architecture of a checkpoint, where its tensors do not tell.
+        pretrained: Load the library's own weights.
+        ema: Take the averaged weights of a checkpoint that holds both.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     ref: str
@@ -32,7 +42,23 @@ class ModelTable:
 class ApplyTable:
     """`[apply]`: exactly one of the budgets (or none, where gates are folded alone), and how to cut and fold.
 
-    `latency` (a fraction) and `latency_ms` are of one image in `runtime` on so many CPU `threads`.
+    Attributes:
+        sparsity: Budget: the share of channels that leaves, 0 to 1.
+        macs: Budget: the fraction of multiply-adds that stays, 0 to 1.
+        params: Budget: the fraction of parameters that stays, 0 to 1.
+        criterion: How channels are scored, as `se-prune apply --criterion` takes it.
+        round_to: Cut groups keep a multiple of so many channels.
+        min_channels: No group keeps fewer channels.
+        hidden: Hidden units of SE blocks leave by their own scores (`prune`), in proportion to the channels that they
+            gate (`tie`), or not at all (`keep`).
+        classes: Names of the classes that the deployment needs; all where there are none.
+        repair: After the cut: least squares and BN statistics (`refit`), BN statistics alone (`bn`), or `none`.
+        fold_gates: Gates that become constants: `none`, `auto`, `all`, a number of them, or their names.
+        fold_tolerance: Largest predicted loss of a gate that `auto` folds.
+        latency: Budget: the fraction of the dense network's latency that stays, 0 to 1.
+        latency_ms: Budget: milliseconds of one image.
+        runtime: Where a latency is measured.
+        threads: CPU threads of that measurement.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -55,17 +81,33 @@ class ApplyTable:
 
 @record
 class RunRecipe:
-    """A whole run: `[model]`, `data`, `[apply]`, `[finetune]` (left out: no training), `export` targets."""
+    """A whole run: `[model]`, `data`, `[apply]`, `[finetune]` (left out: no training), `export` targets.
+
+    Attributes:
+        model: The table `[model]`.
+        data: The data set, as `--data` takes it; the command line's `--data` comes first.
+        apply: The table `[apply]`.
+        finetune: The table `[finetune]`; without it nothing is trained.
+        export: Formats that the pruned network is written in, such as `onnx`.
+        name: Title of the report.
+        seed: Fixes every random choice.
+        latency_rounds: Interleaved rounds in which the dense and the pruned network are timed; 0 for none.
+        workers: Processes that decode images; without, one a core, at most 8.
+        max_bad_images: Unreadable images of a split that are left out before the run stops: a share of the split below
+            1, a number of images from 1 on.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     model: ModelTable
-    data: str
+    data: str | None = None
     apply: ApplyTable
     finetune: TrainSettings | None = None
     export: tuple[str, ...] = ()
     name: str | None = None
     seed: int = 0
     latency_rounds: int = 50
+    workers: int | None = None
+    max_bad_images: float = 0.001
 
 
 @record
@@ -256,3 +298,64 @@ def _check_pairs(settings: TrainSettings, what: str) -> None:
             f"{what}: distill_features reads the gates while the network runs, which a compiled one does not "
             "allow; leave out compile."
         )
+
+
+def key_texts(cls: type[Any]) -> dict[str, str]:
+    """Return what the docstring of a record says of each of its fields."""
+    _, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    texts: dict[str, str] = {}
+    name = ""
+    for line in attributes.partition("\n\n")[0].splitlines():
+        started = re.match(r" {4}(\w+): (.*)", line)
+        if started:
+            name, texts[started[1]] = started[1], started[2]
+        elif name:
+            texts[name] += f" {line.strip()}"
+    return texts
+
+
+def key_reference() -> str:
+    """Return the reference of every recipe key as Markdown: its values, its default and its meaning."""
+    tables: tuple[tuple[str, type[Any], str, dict[str, Any]], ...] = (
+        ("Keys above all tables", RunRecipe, "of `se-prune run`", {}),
+        ("[model]", ModelTable, "of `se-prune run`", {}),
+        ("[apply]", ApplyTable, "of `se-prune run`", {}),
+        ("[train]", TrainSettings, "of `se-prune train`", {}),
+        ("[finetune]", TrainSettings, "of `se-prune run` and `se-prune finetune`", FINETUNE_DEFAULTS),
+    )
+    parts = [
+        "# Recipe keys\n\nMade by `se-prune run --keys`. A recipe is a TOML file; unknown keys are refused.\n"
+    ]
+    for title, cls, where, other in tables:
+        parts.append(f"\n## {title}\n\nIn recipes {where}.\n")
+        if title == "[finetune]":
+            differ = ", ".join(f"{key} = {value}" for key, value in other.items())
+            parts.append(f"\nThe keys of `[train]`, with other defaults: {differ}.\n")
+            continue
+        parts.append("\n| key | values | default | meaning |\n|---|---|---|---|\n")
+        texts, hints = key_texts(cls), get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            default = item.default if item.default is not dataclasses.MISSING else "required"
+            row = (f"`{item.name}`", _values(hints[item.name]), _shown(default), texts[item.name])
+            parts.append(f"| {' | '.join(row)} |\n")
+    return "".join(parts)
+
+
+def _values(hint: Any) -> str:
+    """Return a type as a recipe's writer sees it."""
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return "table"
+    if get_origin(hint) is tuple:
+        return f"list of {_values(get_args(hint)[0])}"
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if parts:
+        return " or ".join(_values(part) for part in parts)
+    return {str: "text", int: "whole number", float: "number", bool: "true, false"}[hint]
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return "none"
+    return f"`{str(default).lower()}`" if isinstance(default, bool) else str(default)

@@ -37,9 +37,23 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the library
 Ema = Annotated[
     bool, typer.Option("--ema", help="Take the averaged weights of a checkpoint that holds both.")
 ]
-Data = Annotated[str, typer.Option("--data", help="fashion-mnist, a folder, or a timm scheme.")]
+Data = Annotated[
+    str, typer.Option("--data", help="fashion-mnist, a folder of images or shards, torch/NAME, hfds/NAME.")
+]
 OptionalData = Annotated[
-    str | None, typer.Option("--data", help="fashion-mnist, a folder, or a timm scheme.")
+    str | None,
+    typer.Option("--data", help="fashion-mnist, a folder of images or shards, torch/NAME, hfds/NAME."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", help="Processes that decode images; without, one a core, at most 8."),
+]
+MaxBadImages = Annotated[
+    float,
+    typer.Option(
+        "--max-bad-images",
+        help="Unreadable images that are left out before the command stops: a share of a split below 1, else a number.",
+    ),
 ]
 Classes = Annotated[
     str | None,

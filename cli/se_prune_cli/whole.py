@@ -10,11 +10,21 @@ from se_prune_cli.tables import accuracy, costs, site_rows
 
 
 def run_and_show(
-    recipe: Path, folder: Path, command: str, out: Output, *, device: str, seed: int | None, resume: bool
+    recipe: Path,
+    folder: Path,
+    command: str,
+    out: Output,
+    *,
+    device: str,
+    seed: int | None,
+    resume: bool,
+    data: str | None = None,
+    workers: int | None = None,
 ) -> None:
-    """Run a recipe into a folder and print its tables."""
+    """Run a recipe into a folder and print its tables; options that are given come before its keys."""
     from dataclasses import replace
 
+    from se_prune.data.source import reference_name
     from se_prune.pipeline import run_recipe
     from se_prune.recipe import find_recipe, read_run
     from se_prune.report.sections import verdict
@@ -22,6 +32,10 @@ def run_and_show(
     chosen = read_run(find_recipe(recipe))
     if seed is not None:
         chosen, command = replace(chosen, seed=seed), f"{command} --seed {seed}"
+    if data is not None:
+        chosen, command = replace(chosen, data=data), f"{command} --data {reference_name(data)}"
+    if workers is not None:
+        chosen = replace(chosen, workers=workers)
     outcome = run_recipe(chosen, folder, command=command, device=device, reporter=Progressed(), resume=resume)
     run = outcome.run
     if run.sites:

@@ -6,7 +6,7 @@ Training images serve analysis, scores, repair and fine-tuning; the test split i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,11 @@ import torch
 
 from se_prune.data import idx
 from se_prune.data.batches import Batch, TensorImages
-from se_prune.data.folders import FolderImages
-from se_prune.errors import DataError
+from se_prune.data.folders import FolderImages, open_folders
+from se_prune.data.raw import VALIDATION_NAMES, RawImages, as_tensors, open_hugging_face, open_torchvision
+from se_prune.data.shards import has_shards, open_shards
+from se_prune.data.unreadable import MAX_BAD_IMAGES
+from se_prune.errors import DataError, UsageError
 from se_prune.records import Preprocessing, TrainSettings
 
 FASHION_MNIST = "fashion-mnist"
@@ -59,33 +62,101 @@ class DataSource:
 
     @property
     def name(self) -> str:
-        """The reference without the path of a folder: what may stand in files that travel."""
-        folder = Path(self.ref)
-        return folder.resolve().name if folder.is_dir() else self.ref
+        """The reference as it may stand in files that travel."""
+        return reference_name(self.ref)
 
 
-def open_data(ref: str) -> DataSource:
+def reference_name(ref: str) -> str:
+    """Return a reference without the path of a folder."""
+    folder = Path(ref)
+    if folder.is_dir():
+        return folder.resolve().name
+    scheme, _, rest = ref.partition("/")
+    if scheme == "wds" or (scheme == "hfds" and Path(rest).is_absolute()):
+        return f"{scheme}/{Path(rest).name}"
+    return ref.partition("@")[0]
+
+
+def open_data(ref: str, *, workers: int | None = None, max_bad_images: float = MAX_BAD_IMAGES) -> DataSource:
     """Open a data set by reference.
 
     Args:
-        ref: `fashion-mnist` (the bundled part), a folder with the four idx files, a folder in
-            `train/CLASS/…` + `val/CLASS/…` form, or any scheme of `timm.data.create_dataset`.
+        ref: `fashion-mnist` (the bundled part); a folder with the four idx files, in `train/CLASS/…` + `val/CLASS/…`
+            form, or with webdataset shards (also `wds/FOLDER`); `torch/NAME` or `hfds/NAME` as timm opens them, with
+            `@FOLDER` for where they lie.
+        workers: Processes that decode images; a core each, at most 8, where None. 0 decodes in this process.
+        max_bad_images: How many images of a split may be unreadable and are left out: a share below 1, a number from
+            1 on.
 
     Raises:
         DataError: Nothing is there, a split is empty, or a file is broken.
+        UsageError: `workers` or `max_bad_images` is negative.
     """
+    if (workers is not None and workers < 0) or not max_bad_images >= 0:
+        raise UsageError(f"workers and max-bad-images must be 0 or more, got {workers} and {max_bad_images}.")
     if ref == FASHION_MNIST:
         return _fashion(ref, ("train-12k", "t10k"), idx.BUNDLED)
+    opened = _opened(ref)
+    if isinstance(opened, DataSource):
+        return opened
+    train, test = (
+        FolderImages.of(source, workers=workers, max_bad_images=max_bad_images) for source in opened
+    )
+    return _images(ref, train, test)
+
+
+def _opened(ref: str) -> DataSource | tuple[RawImages, RawImages]:
+    """Return the two splits of a reference; in-memory sets as a whole data set."""
     folder = Path(ref)
     if folder.is_dir():
         if idx.find_pair(folder, "train"):
             return _fashion(ref, ("train", "t10k"), folder)
-        return _images(ref, *FolderImages.open_pair(folder))
-    if "/" in ref and not folder.is_absolute() and not ref.startswith("."):
-        return _images(ref, *FolderImages.open_scheme(ref))
+        return open_shards(folder) if has_shards(folder) else open_folders(folder)
+    scheme, _, rest = ref.partition("/")
+    if scheme == "wds" and rest:
+        return open_shards(Path(rest))
+    name, _, root = ref.partition("@")
+    if scheme == "torch" and rest:
+        return _torchvision(ref, name, root or ".")
+    if scheme == "hfds" and rest:
+        return open_hugging_face(name, root or None, ("train",)), open_hugging_face(
+            name, root or None, VALIDATION_NAMES
+        )
     raise DataError(
-        f"no data at '{ref}': give '{FASHION_MNIST}', a folder with train/CLASS/… and val/CLASS/…, "
-        "a folder with the four idx files, or a timm scheme such as torch/cifar10."
+        f"no data at '{ref}': give '{FASHION_MNIST}', a folder with train/CLASS/… and val/CLASS/…, a folder with "
+        "webdataset shards or the four idx files, or a timm scheme such as torch/cifar10 or hfds/NAME."
+    )
+
+
+def _torchvision(ref: str, name: str, root: str) -> DataSource | tuple[RawImages, RawImages]:
+    """Open a set of torchvision: those that it holds as arrays in memory, the others decoded on demand."""
+    train, test = (open_torchvision(name, root, split) for split in ("train", "validation"))
+    arrays = [as_tensors(opened.source) for opened in (train, test)]
+    if any(images is None for images in arrays):
+        return train, test
+    splits = [
+        TensorImages(images=images, labels=opened.labels)
+        for images, opened in zip(arrays, (train, test), strict=True)
+        if images is not None
+    ]
+    data = _images(ref, splits[0], splits[1], classes=(train.classes, test.classes))
+    return replace(data, preprocessing=_own_preprocessing(splits[0].images))
+
+
+def _own_preprocessing(images: torch.Tensor) -> Preprocessing:
+    """Return the size of images (N, C, H, W) of bytes, and their mean and deviation per channel."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    shares = [
+        torch.bincount(images[:, c].flatten(), minlength=256) / images[:, c].numel()
+        for c in range(images.shape[1])
+    ]
+    means = [float((share * levels).sum()) for share in shares]
+    variances = [float((s * (levels - m) ** 2).sum()) for s, m in zip(shares, means, strict=True)]
+    channels, height, width = images.shape[1:]
+    return Preprocessing(
+        input_size=(channels, height, width),
+        mean=tuple(round(m, 4) for m in means),
+        std=tuple(round(max(v, 1e-8) ** 0.5, 4) for v in variances),
     )
 
 
@@ -106,13 +177,24 @@ def _fashion(ref: str, prefixes: tuple[str, str], folder: Path) -> DataSource:
     )
 
 
-def _images(ref: str, train: Any, test: Any) -> DataSource:
-    if train.classes != test.classes:
-        differ = sorted(set(train.classes) ^ set(test.classes))[:3]
+def _images(
+    ref: str, train: Any, test: Any, *, classes: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+) -> DataSource:
+    first, second = classes or (train.classes, test.classes)
+    if first != second:
+        differ = sorted(set(first) ^ set(second))[:3] or ["in another order"]
         raise DataError(
             f"{ref}: train and val have different classes ({', '.join(differ)} …); make them equal."
         )
-    return DataSource(ref=ref, classes=train.classes, train=train, test=test)
+    for name, split in (("training", train), ("validation", test)):
+        if len(split) == 0:
+            raise DataError(f"{ref} has no {name} images.")
+        if int(split.labels.max()) >= len(first) or int(split.labels.min()) < 0:
+            raise DataError(
+                f"{ref}: {name} images have labels from {int(split.labels.min())} to {int(split.labels.max())}, but "
+                f"there are {len(first)} classes; images without a label (-1) cannot be used."
+            )
+    return DataSource(ref=ref, classes=first, train=train, test=test)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +247,12 @@ def of_classes(data: DataSource, kept: Sequence[int]) -> DataSource:
         test=part(data.test),
         preprocessing=data.preprocessing,
     )
+
+
+def readable(split: Split, positions: torch.Tensor) -> torch.Tensor:
+    """Return those of `positions` (K,) in a split whose images no pass so far has left out as unreadable."""
+    inner = split.split if isinstance(split, ClassSplit) else split
+    return inner.readable(positions) if isinstance(inner, FolderImages) else positions
 
 
 def balanced_subset(split: Split, count: int, seed: int) -> Split:

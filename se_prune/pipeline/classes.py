@@ -14,7 +14,7 @@ from torch import nn
 from se_prune import artifact, channels
 from se_prune.artifact import Network
 from se_prune.data.source import DataSource, of_classes
-from se_prune.errors import SurgeryError, UsageError, nearest
+from se_prune.errors import DataError, SurgeryError, UsageError, nearest
 from se_prune.gates.sites import find_sites
 from se_prune.pipeline.measure import example_input, require_classes
 from se_prune.records import HistoryEntry
@@ -63,12 +63,20 @@ def for_classes(network: Network, data: DataSource, names: Sequence[str]) -> tup
 
 
 def like(other: Network, network: Network, data: DataSource) -> Network:
-    """Return another network of the data's classes with the outputs of `network` alone, to be compared with it."""
-    if not network.header.classes or len(network.header.classes) == len(data.classes):
+    """Return another network of the data's classes with the outputs of `network` alone, to be compared with it.
+
+    Raises:
+        DataError: The two have the same classes in another order.
+    """
+    own, others = network.header.classes, other.header.classes
+    if own != others and sorted(own) == sorted(others):
+        raise DataError(
+            f"the two networks number their classes in another way (class 0 is '{own[0]}' of one and '{others[0]}' of "
+            "the other), so their outputs cannot be compared; give two that were trained on the same data."
+        )
+    if own == others or not own or len(own) == len(data.classes):
         return other
-    if other.header.classes == network.header.classes:
-        return other
-    return for_classes(other, data, network.header.classes)[0]
+    return for_classes(other, data, own)[0]
 
 
 @torch.no_grad()

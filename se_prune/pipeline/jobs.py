@@ -272,6 +272,7 @@ def apply_plan(
     )
     header = replace(
         network.header,
+        classes=network.header.classes or (() if data is None else data.classes),
         plan=chosen,
         geometry=artifact.merged_geometry(network, module),
         folded={**network.header.folded, **folded},
@@ -397,9 +398,9 @@ def new_network(
     """
     kwargs: dict[str, Any] = {"num_classes": len(data.classes)}
     own = data.preprocessing
-    if own is not None and own.input_size[0] != 3:
-        kwargs["in_channels"] = own.input_size[0]
     spec: ArchSpec = registry.resolve(arch, **kwargs)
+    if own is not None and own.input_size[0] != registry.default_preprocessing(spec).input_size[0]:
+        spec = replace(spec, kwargs={**kwargs, "in_channels": own.input_size[0]})
     torch.manual_seed(seed)
     module = registry.build(spec).eval()
     preprocessing = registry.default_preprocessing(spec, module)

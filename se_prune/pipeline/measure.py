@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +26,7 @@ from se_prune.gates.summary import fold_constants
 from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone, Preprocessing
 from se_prune.zoo import registry
 
+LOG = logging.getLogger("se_prune")
 #: Training images that scores and repair look at, unless told otherwise.
 MEASURED_IMAGES = 2048
 #: Those on which the logit shift of a constant gate is taken, which needs gradients.
@@ -112,17 +115,42 @@ def require_classes(network: Network, data: DataSource) -> None:
 
 
 def matching(network: Network, data: DataSource) -> DataSource:
-    """Return the data of the network's own classes: all of it, or those of a network that was cut for some.
+    """Return the data of the network's own classes, numbered as the network numbers them.
+
+    Classes are compared by name where both sides have names, and by their number where one has none.
 
     Raises:
         DataError: The network has other classes than the data.
     """
     own = network.header.classes
-    kept = [i for i, name in enumerate(data.classes) if name in own]
-    if 1 < len(own) < len(data.classes) and tuple(data.classes[i] for i in kept) == own:
-        data = of_classes(data, kept)
+    if own == data.classes or not _named(own) or not _named(data.classes):
+        require_classes(network, data)
+        return data
+    unknown = [name for name in own if name not in data.classes]
+    if unknown:
+        raise DataError(
+            f"the network was trained on {len(own)} classes, and {len(unknown)} of them are not in {data.ref}: "
+            f"{', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''} (it has {', '.join(data.classes[:3])} …); use "
+            "the data it was trained on, or name the classes as there."
+        )
+    if len(own) == len(data.classes):
+        _notice(
+            f"{data.ref} has the network's {len(own)} classes in another order; they are matched by name."
+        )
+    data = of_classes(data, [data.classes.index(name) for name in own])
     require_classes(network, data)
     return data
+
+
+def _named(classes: tuple[str, ...]) -> bool:
+    """Say whether classes have names, and not only their numbers in order."""
+    return classes != tuple(str(i) for i in range(len(classes)))
+
+
+@functools.cache
+def _notice(text: str) -> None:
+    """Log a sentence once."""
+    LOG.warning("%s", text)
 
 
 def require_statistics(network: Network, found: Structure, statistics: Statistics) -> None:

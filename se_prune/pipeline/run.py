@@ -18,6 +18,7 @@ from se_prune.cost import bytes_of, measure_latency, torch_runner
 from se_prune.data import DataSource, open_data
 from se_prune.data.source import Split, balanced_subset
 from se_prune.device import choose_device, processor
+from se_prune.errors import UsageError
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target
 from se_prune.export.onnx import onnx_runner
@@ -188,8 +189,12 @@ def _require_known(recipe: RunRecipe) -> None:
 
 def _opened(recipe: RunRecipe) -> tuple[Network, DataSource]:
     """Return the dense network and the data, for the classes that the recipe asks for."""
-    data, model = open_data(recipe.data), recipe.model
+    if recipe.data is None:
+        raise UsageError("the recipe names no data: give it with --data, such as --data FOLDER.")
+    data = open_data(recipe.data, workers=recipe.workers, max_bad_images=recipe.max_bad_images)
+    model = recipe.model
     dense = open_model(model.ref, arch=model.arch, pretrained=model.pretrained, ema=model.ema)
+    data = measure.matching(dense, data)
     return for_classes(dense, data, recipe.apply.classes) if recipe.apply.classes else (dense, data)
 
 

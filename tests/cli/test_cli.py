@@ -419,7 +419,7 @@ BAD = {
     "truncated artifact": ("inspect half.safetensors", "half.safetensors"),
     "wrong arch": ("inspect cut.safetensors --arch zoo:se_mobilenet_x025", "se_resnet20"),
     "unknown arch": ("inspect zoo:se_resnet2", "did you mean"),
-    "wrong class count": (f"evaluate {NET} --data two", "10 classes but two has 2"),
+    "wrong class count": (f"evaluate {NET} --data two", "10 of them are not in two: t-shirt"),
     "budget 0": (f"{APPLY} --macs 0", "got 0"),
     "budget 1.5": (f"{APPLY} --macs 1.5", "got 1.5"),
     "budget -1": (f"{APPLY} --macs=-1", "got -1"),

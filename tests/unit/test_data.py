@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from se_prune.data import open_data
 from se_prune.data.batches import TensorImages, augment, normalise
-from se_prune.data.folders import FolderImages
+from se_prune.data.folders import FolderImages, open_folders
 from se_prune.data.idx import BUNDLED, CLASSES, find_pair, read_idx, read_pair
 from se_prune.data.source import balanced_subset
 from se_prune.errors import DataError
@@ -288,10 +288,11 @@ def test_a_broken_image_is_named_in_one_sentence(folder, workers, broken):
         list(split.batches(2, RGB))
     message = str(caught.value)
     assert message.startswith(f"{path} cannot be read (")
-    assert message.endswith("); copy it again or remove it.")
+    assert message.endswith("); copy it again or remove it, or allow more with --max-bad-images.")
     assert "Traceback" not in message
     assert "\n" not in message
-    list(split.take(torch.tensor([0, 1, 2, 3, 5])).batches(2, RGB))  # the control
+    sound = replace(open_data(str(folder)).test, workers=workers)
+    list(sound.take(torch.tensor([0, 1, 2, 3, 5])).batches(2, RGB))  # the control
 
 
 @pytest.mark.parametrize(
@@ -300,8 +301,11 @@ def test_a_broken_image_is_named_in_one_sentence(folder, workers, broken):
         ("nothing", "no data at 'nothing': give 'fashion-mnist', a folder with train/CLASS/…"),
         ("./nothing", "no data at './nothing'"),
         ("/nothing/here", "no data at '/nothing/here'"),
-        ("torch/nothing", "timm cannot open 'torch/nothing' .train.: "),
-        ("some/folder", "timm cannot open 'some/folder' .train.: "),
+        ("torch/nothing", "timm cannot open 'torch/nothing' .train. below .: Unknown"),
+        ("torch/cifar10", r"timm cannot open 'torch/cifar10' .train.* not found .* as torch/cifar10@FOLDER"),
+        ("some/folder", "no data at 'some/folder': give "),
+        ("tfds/mnist", "no data at 'tfds/mnist': give "),
+        ("wds/nowhere", "nowhere is no folder; webdataset shards are read from a disk"),
     ],
 )
 def test_references_to_nothing(tmp_path, monkeypatch, ref, message):
@@ -522,7 +526,7 @@ def test_normalise_resizes():
 
 
 def test_a_folder_split_is_what_its_fields_say(folder):
-    train, test = FolderImages.open_pair(folder)
-    assert train.source.root.endswith("train")
-    assert test.source.root.endswith("val")
-    assert (train.indices, len(train)) == (None, 6)
+    train, test = open_folders(folder)
+    assert all("/train/" in path for path in train.paths)
+    assert all("/val/" in path for path in test.paths)
+    assert FolderImages.of(train).indices.tolist() == list(range(6))

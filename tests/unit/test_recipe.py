@@ -1,13 +1,35 @@
 """Recipes: what is refused, with what to write instead, and that those we ship are good."""
 
 import dataclasses
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from se_prune import artifact
+from se_prune.data.batches import TensorImages
+from se_prune.data.source import DataSource
 from se_prune.errors import UsageError
-from se_prune.recipe import BUNDLED, SOURCE, budget_of, find_recipe, read_run, read_toml, train_settings
-from se_prune.records import Budget, TrainSettings
+from se_prune.pipeline import jobs, run_recipe
+from se_prune.recipe import (
+    BUNDLED,
+    SOURCE,
+    ApplyTable,
+    ModelTable,
+    RunRecipe,
+    budget_of,
+    find_recipe,
+    key_reference,
+    key_texts,
+    read_run,
+    read_toml,
+    train_settings,
+)
+from se_prune.records import Budget, Preprocessing, TrainSettings
+from se_prune.zoo import registry
 
 GOOD = """
 data = "fashion-mnist"
@@ -122,11 +144,31 @@ def test_settings_of_train_and_finetune(written):
         train_settings(None, "train", batch_size=0)
 
 
+@pytest.mark.parametrize("cls", [RunRecipe, ModelTable, ApplyTable, TrainSettings])
+def test_every_key_has_a_text(cls):
+    texts = key_texts(cls)
+    assert set(texts) == {f.name for f in dataclasses.fields(cls)}
+    assert all(text.endswith(".") and len(text) > 5 for text in texts.values())
+
+
+def test_the_reference_of_keys_is_the_present_one():
+    path = SOURCE / "KEYS.md"
+    if not path.is_file():
+        pytest.skip("only the source tree has it beside the recipes")
+    assert path.read_text(encoding="utf-8") == key_reference(), "se-prune run --keys > recipes/KEYS.md"
+    for row in (
+        "| `macs` | number | none |",
+        "| `lr` | number | 0.1 |",
+        "other defaults: epochs = 2, lr = 0.02",
+    ):
+        assert row in key_reference()
+
+
 SHIPPED = sorted((BUNDLED if BUNDLED.is_dir() else SOURCE).rglob("*.toml"))
 
 
 def test_there_are_recipes():
-    assert len(SHIPPED) >= 3
+    assert len(SHIPPED) >= 18
     assert "demo" in {path.stem for path in SHIPPED}
 
 
@@ -142,3 +184,50 @@ def test_every_recipe_that_ships_is_good(path: Path):
         settings = train_settings(path, table)
         assert set(values[table]) <= {f.name for f in dataclasses.fields(TrainSettings)}
         assert all(getattr(settings, key) == value for key, value in values[table].items())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_the_network_of_every_recipe_can_be_built(path: Path):
+    """Large networks take no memory here; `reports.bench recipes` runs them."""
+    text = path.read_text(encoding="utf-8")
+    values = read_toml(path)
+    ref = values["model"]["ref"] if "model" in values else re.search(r"--arch (\S+)", text)[1]
+    if ref.endswith(".safetensors"):  # another recipe makes it, and the head says which
+        (made,) = re.findall(r"recipes/(\w+_train)\.toml", text)
+        assert made in {p.stem for p in SHIPPED}
+        return
+    with torch.device("meta"):
+        spec = registry.resolve(ref)
+        model = registry.build(spec)
+    assert any("se" in name for name, _ in model.named_modules())
+    if values.get("model", {}).get("pretrained") and ref.startswith("timm:"):
+        assert timm.get_pretrained_cfg(ref.removeprefix("timm:")).has_weights
+
+
+@pytest.mark.parametrize("size", [20, 56])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_recipes_of_cifar_run_for_two_steps(tmp_path, monkeypatch, size, classes):
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    split = TensorImages(images=images, labels=torch.arange(8) % classes)
+    own = Preprocessing(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
+    names = tuple(f"class {i}" for i in range(classes))
+    data = DataSource(ref="torch/fake", classes=names, train=split, test=split, preprocessing=own)
+    monkeypatch.setattr("se_prune.pipeline.run.open_data", lambda *a, **k: data)
+    monkeypatch.chdir(tmp_path)
+    stem = f"cifar{classes}_se_resnet{size}"
+    train = replace(train_settings(find_recipe("cifar_train"), "train"), epochs=1, batch_size=4)
+    network, _ = jobs.train(f"zoo:se_resnet{size}", data, train, device=torch.device("cpu"))
+    artifact.save(f"{stem}.safetensors", network)
+    recipe = read_run(find_recipe(stem))
+    short = replace(
+        recipe, finetune=replace(recipe.finetune, epochs=1, batch_size=4), latency_rounds=0, export=()
+    )
+    run = run_recipe(short, tmp_path / "run", command="test").run
+    assert run.cost_after.macs <= 0.5 * run.cost_before.macs
+    assert [s.stage for s in run.stages] == ["dense", "cut", "repaired", "fine-tuned"]
+
+
+def test_a_recipe_without_data_asks_for_it(written):
+    recipe = read_run(written(GOOD.replace('data = "fashion-mnist"', "")))
+    with pytest.raises(UsageError, match="the recipe names no data: give it with --data"):
+        run_recipe(recipe, Path("nowhere"), command="test")

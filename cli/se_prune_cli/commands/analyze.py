@@ -15,6 +15,7 @@ from se_prune_cli.output import (
     Ema,
     InputSize,
     Json,
+    MaxBadImages,
     Mean,
     Model,
     Output,
@@ -22,6 +23,7 @@ from se_prune_cli.output import (
     Progressed,
     Seed,
     Std,
+    Workers,
     class_names,
     model_options,
     preprocessing_line,
@@ -44,6 +46,8 @@ def command(
     mean: Mean = None,
     std: Std = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    max_bad_images: MaxBadImages = 0.001,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -63,7 +67,7 @@ def command(
         raise UsageError(f"--images must be at least 1, got {images}.")
     if output is not None:
         require_writable(output)
-    target, source = choose_device(device), open_data(data)
+    target, source = choose_device(device), open_data(data, workers=workers, max_bad_images=max_bad_images)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     out.say(preprocessing_line(network.header.preprocessing))
     if classes is not None:

@@ -16,6 +16,7 @@ from se_prune_cli.output import (
     Ema,
     InputSize,
     Json,
+    MaxBadImages,
     Mean,
     Model,
     OptionalData,
@@ -24,6 +25,7 @@ from se_prune_cli.output import (
     Progressed,
     Seed,
     Std,
+    Workers,
     class_names,
     model_options,
     preprocessing_line,
@@ -90,6 +92,8 @@ def command(
     mean: Mean = None,
     std: Std = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    max_bad_images: MaxBadImages = 0.001,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -124,7 +128,7 @@ def command(
     if output is not None and not dry_run:
         require_writable(output)
     target = choose_device(device)
-    source = None if data is None else open_data(data)
+    source = None if data is None else open_data(data, workers=workers, max_bad_images=max_bad_images)
     statistics = None if stats is None else Statistics.load(stats)
     if source is None:
         _require_no_images(

@@ -14,12 +14,14 @@ from se_prune_cli.output import (
     Ema,
     InputSize,
     Json,
+    MaxBadImages,
     Mean,
     Model,
     Output,
     Pretrained,
     Progressed,
     Std,
+    Workers,
     model_options,
     preprocessing_line,
 )
@@ -41,6 +43,8 @@ def command(
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
+    workers: Workers = None,
+    max_bad_images: MaxBadImages = 0.001,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -53,7 +57,7 @@ def command(
     from se_prune.schema import to_dict
 
     out, show = Output(as_json), Progressed()
-    target, source = choose_device(device), open_data(data)
+    target, source = choose_device(device), open_data(data, workers=workers, max_bad_images=max_bad_images)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     other = None if against is None else open_model(against, pretrained=against_pretrained)
     out.say(preprocessing_line(network.header.preprocessing))

@@ -14,12 +14,14 @@ from se_prune_cli.output import (
     Ema,
     InputSize,
     Json,
+    MaxBadImages,
     Mean,
     Model,
     Output,
     Pretrained,
     Progressed,
     Std,
+    Workers,
     model_options,
 )
 
@@ -38,6 +40,8 @@ def command(
     input_size: InputSize = None,
     mean: Mean = None,
     std: Std = None,
+    workers: Workers = None,
+    max_bad_images: MaxBadImages = 0.001,
     as_json: Json = False,
 ) -> None:
     """Write a network for a runtime and check it against torch on real images."""
@@ -52,7 +56,7 @@ def command(
     out = Output(as_json)
     if images < 1:
         raise UsageError(f"--images must be at least 1, got {images}.")
-    source = open_data(data)
+    source = open_data(data, workers=workers, max_bad_images=max_bad_images)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     source = pipeline.matching(network, source)
     target = output or Path(f"{Path(model.rpartition(':')[2]).stem}.{to}")

@@ -14,6 +14,7 @@ from se_prune_cli.output import (
     Ema,
     InputSize,
     Json,
+    MaxBadImages,
     Mean,
     Model,
     Output,
@@ -21,6 +22,7 @@ from se_prune_cli.output import (
     Progressed,
     Seed,
     Std,
+    Workers,
     model_options,
 )
 from se_prune_cli.tables import accuracy
@@ -51,6 +53,8 @@ def command(
     mean: Mean = None,
     std: Std = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    max_bad_images: MaxBadImages = 0.001,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -66,7 +70,7 @@ def command(
     file = None if recipe is None else find_recipe(recipe)
     settings = train_settings(file, "finetune", epochs=epochs, lr=lr, batch_size=batch_size, track=track)
     require_writable(output)
-    target, source = choose_device(device), open_data(data)
+    target, source = choose_device(device), open_data(data, workers=workers, max_bad_images=max_bad_images)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     dense = None if teacher is None else open_model(teacher, pretrained=teacher_pretrained)
     title = f"fine-tune, {settings.epochs} epochs"

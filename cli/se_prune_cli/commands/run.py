@@ -7,9 +7,17 @@ from typing import Annotated
 
 import typer
 
-from se_prune_cli.output import Device, Json, Output
+from se_prune_cli.output import Device, Json, OptionalData, Output, Workers
 from se_prune_cli.training import Resume
 from se_prune_cli.whole import run_and_show
+
+
+def _keys(show: bool) -> None:
+    if show:
+        from se_prune.recipe import key_reference
+
+        typer.echo(key_reference(), nl=False)
+        raise typer.Exit
 
 
 def command(
@@ -17,6 +25,11 @@ def command(
         Path, typer.Argument(help="A TOML file, or the name of a recipe that ships with se-prune.")
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for all files.")] = None,
+    data: OptionalData = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", callback=_keys, is_eager=True, help="Print every key of a recipe.")
+    ] = False,
+    workers: Workers = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's.")] = None,
     resume: Resume = True,
     device: Device = "auto",
@@ -24,6 +37,7 @@ def command(
 ) -> None:
     """Analyse, cut, repair, fine-tune, evaluate, export and report, as a recipe says."""
     folder = output or Path("runs") / recipe.stem
+    del keys
     run_and_show(
         recipe,
         folder,
@@ -32,4 +46,6 @@ def command(
         device=device,
         seed=seed,
         resume=resume,
+        data=data,
+        workers=workers,
     )

@@ -12,10 +12,12 @@ from se_prune_cli.output import (
     Device,
     InputSize,
     Json,
+    MaxBadImages,
     Mean,
     Output,
     Seed,
     Std,
+    Workers,
     preprocessing_options,
 )
 from se_prune_cli.tables import accuracy
@@ -37,6 +39,8 @@ def command(
     state: State = None,
     track: Track = None,
     seed: Seed = 0,
+    workers: Workers = None,
+    max_bad_images: MaxBadImages = 0.001,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -51,7 +55,7 @@ def command(
     file = None if recipe is None else find_recipe(recipe)
     settings = train_settings(file, "train", epochs=epochs, lr=lr, batch_size=batch_size, track=track)
     require_writable(output)
-    target, source = choose_device(device), open_data(data)
+    target, source = choose_device(device), open_data(data, workers=workers, max_bad_images=max_bad_images)
     sizes = preprocessing_options(input_size, mean, std)
     with trained(f"train {arch}", output, settings, state=state, resume=resume) as options:
         network, result = pipeline.train(
