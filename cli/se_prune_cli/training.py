@@ -45,11 +45,18 @@ def trained(
     folder = state or state_beside(output)
     if not resume:
         remove_state(folder)
-    with (
-        Progressed().stage(title, None) as update,
-        following(settings, output.with_suffix(".training.csv"), name=output.stem, state=folder) as follow,
-    ):
-        yield {"resume": folder, "on_step": shown(update, follow)}
+    is_new = not folder.exists()
+    try:
+        with (
+            Progressed().stage(title, None) as update,
+            following(
+                settings, output.with_suffix(".training.csv"), name=output.stem, state=folder
+            ) as follow,
+        ):
+            yield {"resume": folder, "on_step": shown(update, follow)}
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):  # it failed before its first state
+            folder.rmdir()
 
 
 def forget(output: Path, state: Path | None) -> None:
