@@ -143,6 +143,15 @@ def test_within_an_epoch_the_state_is_saved_now_and_then(tmp_path, monkeypatch):
     assert train(PLAIN, resume=tmp_path / "slowly")[2][0] == 2
 
 
+@pytest.fixture
+def listening():
+    """A shell starts what runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
     whole, expected, _ = train(PLAIN)
 
@@ -161,6 +170,7 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
     assert result == expected
 
 
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("resume", [True, False])
 def test_ctrl_c_twice_or_without_a_state_stops_at_once(tmp_path, resume):
     def press(log):
@@ -171,6 +181,7 @@ def test_ctrl_c_twice_or_without_a_state_stops_at_once(tmp_path, resume):
         train(PLAIN, resume=tmp_path if resume else None, on_step=press)
 
 
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_in_the_last_step_of_an_epoch(tmp_path):
     def press(log):
         if log.step == 8:
@@ -181,6 +192,7 @@ def test_ctrl_c_in_the_last_step_of_an_epoch(tmp_path):
     assert train(PLAIN, resume=tmp_path)[2] == [9, 10, 11, 12]
 
 
+@pytest.mark.usefixtures("listening")
 def test_loaders_that_ctrl_c_ended_are_no_error(tmp_path, each_step):
     class Ended(TensorImages):
         def training_batches(self, settings, preprocessing, *, seed, epoch):
