@@ -150,6 +150,15 @@ def remove_folder(path: str | Path) -> None:
         ) from error
 
 
+def cache_folder() -> Path:
+    """Return where tables that take a while to make are kept: `$SE_PRUNE_CACHE`, else se-prune in the user's cache."""
+    named = os.environ.get("SE_PRUNE_CACHE")
+    if named:
+        return Path(named)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "se-prune"
+
+
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 
-from se_prune.errors import CheckpointError
+from se_prune.errors import CheckpointError, first_line
 
 #: Where training scripts put the weights in their file, and where their running average (EMA).
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "network")
@@ -342,8 +342,3 @@ def some(items: Sequence[str], shown: int = SHOWN) -> str:
 def _printable(text: str) -> str:
     """Return the start of a name from a file without what would move a terminal's cursor."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:80])
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, to stand inside of one of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

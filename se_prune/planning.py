@@ -12,10 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from se_prune.errors import BudgetError, UsageError
 from se_prune.ledger import refusals, why_no_more
+from se_prune.problem import Problem, latency, pose, settled, totals
 from se_prune.records import (
     Budget,
     ChannelGroup,
@@ -26,35 +27,11 @@ from se_prune.records import (
     Plan,
     Scores,
 )
-from se_prune.timing import LatencyModel, LayerTimes
+from se_prune.timing import LatencyModel
 
-#: A group keeps at least this share of its channels, whatever the scores say.
-FLOOR_SHARE = 1 / 16
 #: Exponent of a channel's MACs in a step's price; 0 ignores the cost, 1 is score per MAC. On held-out training images
 #: of the bundled networks 0.75 and 1 do alike, and less does worse on one of them (`reports/scores.md`).
 COST_POWER = 0.75
-
-
-@dataclass(slots=True, kw_only=True)
-class _Layer:
-    name: str
-    cost: LayerCost
-    into: list[tuple[int, int]]  # (group, channels of the layer's input per channel of the group)
-    out: list[tuple[int, int]]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Problem:
-    couplings: tuple[Coupling, ...]
-    layers: list[_Layer]
-    options: list[tuple[int, ...]]  # allowed numbers of kept channels, descending, per group
-    leader: list[int | None]  # the group whose width a hidden group follows
-    hidden: HiddenPolicy
-    times: LayerTimes | None = None
-
-    def follows(self, number: int) -> bool:
-        """Say whether a group's width is not the planner's choice."""
-        return self.couplings[number].group.kind == "hidden" and self.hidden != "prune"
 
 
 def make_plan(
@@ -123,8 +100,8 @@ def fastest(
     hidden: HiddenPolicy = "tie",
 ) -> float:
     """Return the milliseconds of the network with every group at its floor, as the table says."""
-    problem = _problem(couplings, costs, round_to, min_channels, hidden, times=times)
-    return _latency(problem, [options[-1] for options in problem.options])
+    problem = pose(couplings, costs, round_to, min_channels, hidden, times=times)
+    return latency(problem, [options[-1] for options in problem.options])
 
 
 def predicted(
@@ -134,9 +111,9 @@ def predicted(
     plan: Plan | None = None,
 ) -> float:
     """Return the milliseconds of a plan's network, or of the dense one, as the table says."""
-    problem = _problem(couplings, costs, 1, 1, "prune", times=times)
+    problem = pose(couplings, costs, 1, 1, "prune", times=times)
     gone = {group.name: len(group.removed) for group in plan.groups} if plan else {}
-    return _latency(problem, [c.group.channels - gone.get(c.group.name, 0) for c in problem.couplings])
+    return latency(problem, [c.group.channels - gone.get(c.group.name, 0) for c in problem.couplings])
 
 
 def _reachable(
@@ -148,15 +125,15 @@ def _reachable(
     min_channels: int,
     hidden: HiddenPolicy,
     times: LatencyModel | None,
-) -> tuple[_Problem, float]:
+) -> tuple[Problem, float]:
     """Return the problem and what may be left of its measure."""
     check_ranges(budget, round_to, min_channels)
-    problem = _problem(couplings, costs, round_to, min_channels, hidden, times=times)
+    problem = pose(couplings, costs, round_to, min_channels, hidden, times=times)
     if all(c.group.kind == "hidden" for c in problem.couplings):
         raise BudgetError(f"{budget.option} cannot be met: no channel group can be cut.")
     full = [c.group.channels for c in problem.couplings]
     target = _target(problem, budget, full)
-    smallest = _widths(problem, [options[-1] for options in problem.options])
+    smallest = settled(problem, [options[-1] for options in problem.options])
     if _measure(problem, budget, smallest) > target:
         reach = _measure(problem, budget, smallest)
         if budget.kind != "latency_ms":
@@ -193,115 +170,17 @@ def _unreachable(budget: Budget, reach: float, round_to: int, min_channels: int)
     return f"{budget.option} cannot be met: with {floors} at least {least:g} must stay."
 
 
-def _problem(
-    couplings: Sequence[Coupling],
-    costs: Mapping[str, LayerCost],
-    round_to: int,
-    min_channels: int,
-    hidden: HiddenPolicy,
-    *,
-    times: LatencyModel | None = None,
-) -> _Problem:
-    chosen = tuple(c for c in couplings if c.group.prunable)
-    layers = {name: _Layer(name=name, cost=cost, into=[], out=[]) for name, cost in costs.items()}
-    for number, coupling in enumerate(chosen):
-        for piece in coupling.slices:
-            if piece.layer not in layers:
-                continue
-            copies = max(1, len(piece.index) // coupling.group.channels)
-            side = layers[piece.layer].into if piece.role == "in" else layers[piece.layer].out
-            side.append((number, copies))
-    leader = [_leader(coupling, chosen) for coupling in chosen]
-    return _Problem(
-        couplings=chosen,
-        layers=list(layers.values()),
-        options=[
-            _options(c.group, 1 if c.group.kind == "hidden" else round_to, min_channels) for c in chosen
-        ],
-        leader=leader,
-        hidden=hidden,
-        times=None if times is None else LayerTimes.of(times, costs),
-    )
-
-
-def _leader(coupling: Coupling, couplings: Sequence[Coupling]) -> int | None:
-    """Return the group whose channels a hidden group's site gates: the one that its `expand` makes."""
-    if coupling.group.kind != "hidden":
-        return None
-    expands = set(coupling.layers("in"))
-    for number, other in enumerate(couplings):
-        if other.group.kind != "hidden" and expands & set(other.layers("out")):
-            return number
-    return None
-
-
-def _options(group: ChannelGroup, round_to: int, min_channels: int) -> tuple[int, ...]:
-    channels, tied = group.channels, group.tied
-    floor = min(channels, max(min_channels, tied, math.ceil(channels * FLOOR_SHARE)))
-    inner = [k for k in range(channels - tied, floor - 1, -tied) if k % round_to == 0]
-    return (channels, *inner)
-
-
-def _widths(problem: _Problem, kept: Sequence[int]) -> list[int]:
-    """Return kept channels per group, with hidden groups that follow set to what they follow."""
-    widths = list(kept)
-    for number, leader in enumerate(problem.leader):
-        if problem.follows(number):
-            hidden = problem.couplings[number].group.channels
-            if leader is None or problem.hidden == "keep":
-                widths[number] = hidden
-                continue
-            share = kept[leader] / problem.couplings[leader].group.channels
-            widths[number] = max(problem.options[number][-1], math.ceil(hidden * share - 1e-9))
-    return widths
-
-
-def _layer_widths(problem: _Problem, layer: _Layer, widths: Sequence[int]) -> tuple[int, int]:
-    """Return the channels in and out of one layer at the given widths."""
-    groups = problem.couplings
-    out = layer.cost.out_channels - sum((groups[g].group.channels - widths[g]) * t for g, t in layer.out)
-    into = layer.cost.in_channels - sum((groups[g].group.channels - widths[g]) * t for g, t in layer.into)
-    return into, out
-
-
-def _layer_cost(problem: _Problem, layer: _Layer, widths: Sequence[int]) -> tuple[int, int]:
-    """Return (MACs, parameters) of one layer at the given widths."""
-    cost = layer.cost
-    into, out = _layer_widths(problem, layer, widths)
-    share_out = cost.out_channels or 1
-    weights = cost.weights * out // share_out
-    macs = cost.macs * out // share_out
-    if not cost.channelwise:
-        weights = weights * into // (cost.in_channels or 1)
-        macs = macs * into // (cost.in_channels or 1)
-    return macs, weights + cost.biases * out // share_out
-
-
-def _totals(problem: _Problem, kept: Sequence[int]) -> tuple[int, int]:
-    widths = _widths(problem, kept)
-    pairs = [_layer_cost(problem, layer, widths) for layer in problem.layers]
-    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
-
-
-def _latency(problem: _Problem, kept: Sequence[int]) -> float:
-    """Return milliseconds, as the table says."""
-    assert problem.times is not None, "a budget of latency comes with a table"
-    widths, times = _widths(problem, kept), problem.times
-    layers = sum(times.at(layer.name, *_layer_widths(problem, layer, widths)) for layer in problem.layers)
-    return layers + times.model.fixed_ms
-
-
-def _measure(problem: _Problem, budget: Budget, kept: Sequence[int]) -> float:
+def _measure(problem: Problem, budget: Budget, kept: Sequence[int]) -> float:
     """Return what the budget counts: channels kept, MACs, parameters or milliseconds."""
     if budget.timed:
-        return _latency(problem, kept)
+        return latency(problem, kept)
     if budget.kind == "sparsity":
         return sum(k for k, c in zip(kept, problem.couplings, strict=True) if c.group.kind != "hidden")
-    macs, params = _totals(problem, kept)
+    macs, params = totals(problem, kept)
     return macs if budget.kind == "macs" else params
 
 
-def _target(problem: _Problem, budget: Budget, full: Sequence[int]) -> float:
+def _target(problem: Problem, budget: Budget, full: Sequence[int]) -> float:
     if budget.kind == "latency_ms":
         return budget.value
     fraction = 1 - budget.value if budget.kind == "sparsity" else budget.value
@@ -322,7 +201,7 @@ def _normalised(scores: Scores, group: ChannelGroup) -> list[float]:
     return [v / mean if mean > 0 else v for v in values]
 
 
-def _steps(problem: _Problem, scores: Scores) -> list[tuple[float, int, int]]:
+def _steps(problem: Problem, scores: Scores) -> list[tuple[float, int, int]]:
     """Return every step (score, group, kept after it), in the order in which they are taken.
 
     A step's score is the mean over the channels it removes, and never lower than an earlier step's of its
@@ -350,11 +229,11 @@ def _steps(problem: _Problem, scores: Scores) -> list[tuple[float, int, int]]:
     return sorted(steps, key=lambda s: (s[0], s[1], -s[2]))
 
 
-def _saving(problem: _Problem, number: int) -> float:
+def _saving(problem: Problem, number: int) -> float:
     """Return the share of the dense MACs (or milliseconds) that one channel of a group is worth."""
 
     def price(kept: Sequence[int]) -> float:
-        return _totals(problem, kept)[0] if problem.times is None else _latency(problem, kept)
+        return totals(problem, kept)[0] if problem.times is None else latency(problem, kept)
 
     full = [c.group.channels for c in problem.couplings]
     without = list(full)
@@ -366,7 +245,7 @@ def _saving(problem: _Problem, number: int) -> float:
     return max(1e-12, (dense - price(without)) / lost / (dense or 1.0))
 
 
-def _descend(problem: _Problem, budget: Budget, target: float, scores: Scores) -> list[int]:
+def _descend(problem: Problem, budget: Budget, target: float, scores: Scores) -> list[int]:
     """Return the widths after the shortest run of steps that meets the target (bisection)."""
     steps = _steps(problem, scores)
     full = [c.group.channels for c in problem.couplings]
@@ -387,7 +266,7 @@ def _descend(problem: _Problem, budget: Budget, target: float, scores: Scores) -
     return after(low)
 
 
-def _fill(problem: _Problem, budget: Budget, target: float, kept: list[int], scores: Scores) -> list[int]:
+def _fill(problem: Problem, budget: Budget, target: float, kept: list[int], scores: Scores) -> list[int]:
     """Put channels back, the highest-scored step first, as long as the target is still met.
 
     Hidden units that the budget does not count stay out: nothing would hold them back.
@@ -408,7 +287,7 @@ def _fill(problem: _Problem, budget: Budget, target: float, kept: list[int], sco
 
 
 def _plan(
-    problem: _Problem,
+    problem: Problem,
     scores: Scores,
     budget: Budget,
     kept: Sequence[int],
@@ -416,9 +295,9 @@ def _plan(
     round_to: int,
     min_channels: int,
 ) -> Plan:
-    widths = _widths(problem, kept)
+    widths = settled(problem, kept)
     full = [c.group.channels for c in problem.couplings]
-    before, after = _totals(problem, full), _totals(problem, kept)
+    before, after = totals(problem, full), totals(problem, kept)
     plans = []
     for number, coupling in enumerate(problem.couplings):
         group = coupling.group

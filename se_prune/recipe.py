@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from se_prune.errors import SePruneError, UsageError, nearest
-from se_prune.records import Budget, HiddenPolicy, RepairMode, TrainSettings
+from se_prune.records import Budget, HiddenPolicy, RepairMode
 from se_prune.schema import FORBID_EXTRA, from_dict, record
+from se_prune.settings import MAX_BAD_IMAGES, TrainSettings
 
 FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 2, "lr": 0.02, "warmup": 0.1}
 BUNDLED = Path(__file__).parent / "_recipes"
@@ -107,7 +108,7 @@ class RunRecipe:
     seed: int = 0
     latency_rounds: int = 50
     workers: int | None = None
-    max_bad_images: float = 0.001
+    max_bad_images: float = MAX_BAD_IMAGES
 
 
 @record

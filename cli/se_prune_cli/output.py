@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -49,10 +50,11 @@ Workers = Annotated[
     typer.Option("--workers", help="Processes that decode images; without, one a core, at most 8."),
 ]
 MaxBadImages = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--max-bad-images",
-        help="Unreadable images that are left out before the command stops: a share of a split below 1, else a number.",
+        help="Unreadable images that are left out before the command stops: a share of a split below 1, "
+        "else a number; one in a thousand without.",
     ),
 ]
 Classes = Annotated[
@@ -161,13 +163,13 @@ def model_options(
 
 
 def preprocessing_options(input_size: str | None, mean: str | None, std: str | None) -> dict[str, Any]:
-    """Return `--input-size`, `--mean` and `--std` as `checkpoint.with_preprocessing` takes them."""
-    from se_prune.checkpoint import parse_floats, parse_size
+    """Return `--input-size`, `--mean` and `--std` as `preprocessing.with_preprocessing` takes them."""
+    from se_prune.preprocessing import parse_floats, parse_size
 
     return {
         "input_size": None if input_size is None else parse_size(input_size),
-        "mean": None if mean is None else parse_floats(mean),
-        "std": None if std is None else parse_floats(std),
+        "mean": None if mean is None else parse_floats(mean, "--mean"),
+        "std": None if std is None else parse_floats(std, "--std"),
     }
 
 
@@ -186,6 +188,13 @@ def whole_numbers(numbers: str, option: str) -> list[int]:
     if not values or min(values) < 1:
         raise UsageError(f"{option} takes whole numbers of at least 1, such as 1,8; got '{numbers}'.")
     return values
+
+
+def command_line(data: str) -> str:
+    """Return the command that is running as a report may show it: the path of its data is left out."""
+    from se_prune.data.source import reference_name
+
+    return shlex.join(["se-prune", *(reference_name(a) if a == data else a for a in sys.argv[1:])])
 
 
 def class_names(classes: str) -> list[str]:

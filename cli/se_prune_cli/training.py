@@ -12,7 +12,7 @@ import typer
 from se_prune_cli.output import Progressed
 
 if TYPE_CHECKING:
-    from se_prune.records import TrainSettings
+    from se_prune.settings import TrainSettings
 
 Resume = Annotated[
     bool,

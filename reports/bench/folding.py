@@ -24,23 +24,24 @@ from reports.bench.common import (
 )
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
-from se_prune.cost import count_cost, measure_latency
+from se_prune.cost import count_cost
 from se_prune.data import DataSource, open_data
 from se_prune.data.batches import TensorImages
 from se_prune.data.source import Split, balanced_subset
 from se_prune.evaluate import evaluate, paired
 from se_prune.export import export
-from se_prune.export.onnx import onnx_runner
 from se_prune.folding import FoldRequest, liveness, parse_request
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import fold_constants, fold_loss
 from se_prune.gates.tap import tap
+from se_prune.latency import measure_latency
 from se_prune.pipeline import analyze, apply_plan, example_input, outlook, plan, structure
 from se_prune.pipeline.measure import MEASURED_IMAGES, SHIFT_IMAGES
 from se_prune.pipeline.run import real_images
 from se_prune.records import Budget, RepairMode
 from se_prune.results import Evaluation
+from se_prune.runtimes.ort import open_file
 from se_prune.surgery.fold import fold
 from se_prune.zoo import registry
 
@@ -223,7 +224,7 @@ def _timed(network: Network, data: DataSource | None) -> dict[str, Any]:
         paths = [Path(folder) / f"{label}.onnx" for label in ("dense", "folded")]
         for one, path in zip((network, folded), paths, strict=True):
             export(one, "onnx", path, images)
-        runners = [("onnxruntime", onnx_runner(path, images)) for path in paths]
+        runners = [("onnxruntime", open_file(path, images, 1)) for path in paths]
         first, second = measure_latency(runners, rounds=ROUNDS, warmup=20, threads=1)
     return {
         "network": network.header.arch.ref,

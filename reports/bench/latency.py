@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,12 +18,13 @@ from reports.bench.common import FOLDER, append_row, bundled, markdown_table, re
 from reports.bench.surgery import plain_cut
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
-from se_prune.cost import count_cost, interleaved
+from se_prune.cost import count_cost
 from se_prune.device import processor
 from se_prune.errors import BudgetError
 from se_prune.gates.sites import find_sites
+from se_prune.latency import interleaved
 from se_prune.pipeline import Structure, Timing, choose_rounding, example_input, plan, structure
-from se_prune.records import Budget
+from se_prune.records import Budget, Plan
 from se_prune.runtimes import require_runtime
 from se_prune.runtimes.bench import ratio_of_medians
 from se_prune.schema import to_dict
@@ -95,17 +96,13 @@ def _halves() -> dict[str, Any]:
     }
 
 
+def _halved(network: Network, found: Structure, kind: Literal["macs", "latency"], round_to: int) -> Plan:
+    budget = Budget(kind=kind, value=HALF)
+    return plan(network, found, budget, criterion="l2", device=CPU, round_to=round_to, repair="none")
+
+
 def _ours(network: Network, found: Structure, round_to: int) -> torch.nn.Module:
-    chosen = plan(
-        network,
-        found,
-        Budget(kind="macs", value=HALF),
-        criterion="l2",
-        device=CPU,
-        round_to=round_to,
-        repair="none",
-    )
-    return cut(network.module, found.example, chosen)
+    return cut(network.module, found.example, _halved(network, found, "macs", round_to))
 
 
 def _plain_half(dense_macs: int, round_to: int | None) -> torch.nn.Module:
@@ -147,15 +144,7 @@ def _budget(ref: str, round_to: int) -> dict[str, Any]:
         "auto": {"round_to": auto.round_to, "ms_per_gmac": auto.ms_per_gmac},
     }
     try:
-        chosen = plan(
-            network,
-            found,
-            Budget(kind="latency", value=HALF),
-            criterion="l2",
-            device=CPU,
-            round_to=round_to,
-            repair="none",
-        )
+        chosen = _halved(network, found, "latency", round_to)
     except BudgetError as error:
         return {**row, "within": False, "refused": str(error)}
     assert chosen.latency is not None

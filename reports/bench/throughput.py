@@ -16,7 +16,7 @@ from se_prune import artifact
 from se_prune.data import open_data
 from se_prune.data.source import balanced_subset
 from se_prune.device import choose_device
-from se_prune.records import TrainSettings
+from se_prune.settings import TrainSettings
 from se_prune.training import fit
 from se_prune.training.tracking import following
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from se_prune.errors import UsageError
-from se_prune.records import Preprocessing, TrainSettings
+from se_prune.records import Preprocessing
+from se_prune.settings import TrainSettings
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 #: Strengths of RandAugment: 0 to 10, as timm counts them.

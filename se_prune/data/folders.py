@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from se_prune.data.batches import Batch
 from se_prune.data.raw import BROKEN, VALIDATION_NAMES, FileImages, RawImages, decoded
-from se_prune.data.unreadable import MAX_BAD_IMAGES, Unreadable
+from se_prune.data.unreadable import Unreadable
 from se_prune.errors import DataError
-from se_prune.records import Preprocessing, TrainSettings
+from se_prune.records import Preprocessing
+from se_prune.settings import MAX_BAD_IMAGES, TrainSettings
 
 #: Worker processes at most, unless told otherwise.
 MOST_WORKERS = 8

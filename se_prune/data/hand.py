@@ -13,7 +13,8 @@ import torch
 
 from se_prune.data.batches import Batch
 from se_prune.errors import DataError, UsageError
-from se_prune.records import Preprocessing, TrainSettings
+from se_prune.records import Preprocessing
+from se_prune.settings import TrainSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from PIL.Image import DecompressionBombError
 
-from se_prune.errors import DataError
+from se_prune.errors import DataError, first_line
 
 #: What Pillow and its decoders raise for files that are damaged, empty, or no images at all.
 BROKEN = (
@@ -174,7 +174,7 @@ def open_torchvision(ref: str, root: str, split: str) -> LibraryImages:
         source = create_dataset(ref, root=root, split=split)
     except Exception as error:  # an assertion, or whatever the set's own reader raises
         raise DataError(
-            f"timm cannot open '{ref}' ({split}) below {root}: {_first_line(error)}; name the folder that holds it "
+            f"timm cannot open '{ref}' ({split}) below {root}: {first_line(error)}; name the folder that holds it "
             f"as {ref}@FOLDER."
         ) from error
     labels = getattr(source, "targets", None)
@@ -209,11 +209,11 @@ def open_hugging_face(ref: str, root: str | None, splits: Sequence[str]) -> Libr
         except ImportError as error:
             raise DataError(f"'{ref}' needs the package datasets: pip install 'se-prune[data]'.") from error
         except ValueError as error:  # no split of that name; the first message names those that there are
-            failed = failed or _first_line(error)
+            failed = failed or first_line(error)
             continue
         except Exception as error:  # the Hub's, the builder's or the disk's
             raise DataError(
-                f"timm cannot open '{ref}' ({split}): {_first_line(error)}; check the name."
+                f"timm cannot open '{ref}' ({split}): {first_line(error)}; check the name."
             ) from error
         break
     if reader is None:
@@ -221,11 +221,6 @@ def open_hugging_face(ref: str, root: str | None, splits: Sequence[str]) -> Libr
     labels = torch.tensor([int(label) for label in reader.dataset[reader.label_key]], dtype=torch.long)
     names = [name for name, _ in sorted(reader.class_to_idx.items(), key=lambda pair: pair[1])]
     return LibraryImages(source=reader, title=ref, labels=labels, classes=class_names(names, labels))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def class_names(names: Any, labels: torch.Tensor) -> tuple[str, ...]:

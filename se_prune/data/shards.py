@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from se_prune.data.raw import VALIDATION_NAMES
 from se_prune.errors import DataError, SePruneError
-from se_prune.files import write_tensors
+from se_prune.files import cache_folder, write_tensors
 
 LOG = logging.getLogger("se_prune")
 IMAGE_KEYS = frozenset({"jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff"})
@@ -236,14 +236,12 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _cache_file(plan: _Plan) -> Path:
-    """Return where the index of these shards is kept: under `$SE_PRUNE_CACHE`, else `$XDG_CACHE_HOME/se-prune`."""
+    """Return where the index of these shards is kept."""
     digest = hashlib.sha256(f"{plan.label_key} {plan.lengths}".encode())
     for path in plan.paths:
         state = path.stat()
         digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    home = os.environ.get("SE_PRUNE_CACHE") or str(Path(base) / "se-prune")
-    return Path(home) / f"shards-{digest.hexdigest()[:32]}.safetensors"
+    return cache_folder() / f"shards-{digest.hexdigest()[:32]}.safetensors"
 
 
 def _cached(path: Path) -> torch.Tensor | None:

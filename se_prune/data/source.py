@@ -17,9 +17,9 @@ from se_prune.data.batches import Batch, TensorImages
 from se_prune.data.folders import FolderImages, open_folders
 from se_prune.data.raw import VALIDATION_NAMES, RawImages, as_tensors, open_hugging_face, open_torchvision
 from se_prune.data.shards import has_shards, open_shards
-from se_prune.data.unreadable import MAX_BAD_IMAGES
 from se_prune.errors import DataError, UsageError
-from se_prune.records import Preprocessing, TrainSettings
+from se_prune.records import Preprocessing
+from se_prune.settings import MAX_BAD_IMAGES, TrainSettings
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_PREPROCESSING = Preprocessing(input_size=(1, 28, 28), mean=(0.2860,), std=(0.3530,))
@@ -77,7 +77,7 @@ def reference_name(ref: str) -> str:
     return ref.partition("@")[0]
 
 
-def open_data(ref: str, *, workers: int | None = None, max_bad_images: float = MAX_BAD_IMAGES) -> DataSource:
+def open_data(ref: str, *, workers: int | None = None, max_bad_images: float | None = None) -> DataSource:
     """Open a data set by reference.
 
     Args:
@@ -86,12 +86,14 @@ def open_data(ref: str, *, workers: int | None = None, max_bad_images: float = M
             `@FOLDER` for where they lie.
         workers: Processes that decode images; a core each, at most 8, where None. 0 decodes in this process.
         max_bad_images: How many images of a split may be unreadable and are left out: a share below 1, a number from
-            1 on.
+            1 on; `MAX_BAD_IMAGES` where None.
 
     Raises:
         DataError: Nothing is there, a split is empty, or a file is broken.
         UsageError: `workers` or `max_bad_images` is negative.
     """
+    if max_bad_images is None:
+        max_bad_images = MAX_BAD_IMAGES
     if (workers is not None and workers < 0) or not max_bad_images >= 0:
         raise UsageError(f"workers and max-bad-images must be 0 or more, got {workers} and {max_bad_images}.")
     if ref == FASHION_MNIST:

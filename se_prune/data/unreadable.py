@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from se_prune.errors import DataError
 
 LOG = logging.getLogger("se_prune")
-#: Share of a split that may be unreadable, unless told otherwise.
-MAX_BAD_IMAGES = 0.001
 #: Images that a message names.
 NAMED = 3
 

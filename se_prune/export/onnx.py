@@ -15,14 +15,14 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from se_prune.errors import SePruneError
+from se_prune.errors import SePruneError, first_line
 from se_prune.files import whole_file
 from se_prune.records import ArtifactHeader
 from se_prune.results import Exported
@@ -72,8 +72,8 @@ def export_onnx(network: Network, output: Path, images: torch.Tensor) -> Exporte
     _add_metadata(model, network.header)
     with whole_file(output) as temporary:
         temporary.write_bytes(_checked_bytes(model, arch))
-        session = _session(temporary)
-        difference, agreement = _parity(module, session, images, arch)
+        opened = session(temporary)
+        difference, agreement = _parity(module, opened, images, arch)
         return Exported(
             target="onnx",
             output=str(output),
@@ -81,7 +81,7 @@ def export_onnx(network: Network, output: Path, images: torch.Tensor) -> Exporte
             max_abs_diff=difference,
             top1_agreement=agreement,
             images_checked=len(images),
-            latency_ms=_latency_ms(session, images[:1].numpy()),
+            latency_ms=_latency_ms(opened, images[:1].numpy()),
         )
 
 
@@ -138,7 +138,7 @@ def _convert(module: nn.Module, images: torch.Tensor, arch: str) -> Any:
             )
     except torch.onnx.OnnxExporterError as error:
         raise SePruneError(
-            f"torch cannot convert {arch} to ONNX ({_first_line(error)}); run the network through "
+            f"torch cannot convert {arch} to ONNX ({first_line(error.__cause__ or error)}); run the network through "
             "torch.export.export to see which operation is in the way, and replace it."
         ) from error
     assert program is not None, "the dynamo exporter returns a program"
@@ -164,13 +164,6 @@ def _quiet_exporter() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first informative line of the cause; torch's own text is a page of advice."""
-    cause = error.__cause__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[0][:200].rstrip(".") if lines else type(cause).__name__
 
 
 def _drop_exporter_notes(model: Any) -> None:
@@ -209,18 +202,28 @@ def _checked_bytes(model: Any, arch: str) -> bytes:
         return bytes(model.SerializeToString())
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise SePruneError(
-            f"the ONNX model of {arch} is not valid ({_first_line(error)}); update the packages: {INSTALL} --upgrade"
+            f"the ONNX model of {arch} is not valid ({first_line(error)}); update the packages: {INSTALL} --upgrade"
         ) from error
 
 
-def _session(path: Path) -> Any:
-    """Open a file in onnxruntime on one CPU thread, as an edge device would at its simplest."""
+def session(source: Path | bytes, threads: int = 1, profile: Path | None = None) -> Any:
+    """Open a file, or its content, in onnxruntime on the CPU.
+
+    Args:
+        source: The ONNX model.
+        threads: CPU threads; one, as an edge device would run it at its simplest, unless told otherwise.
+        profile: The beginning of the path to which every operation's time is written; None for no profile.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    model = source if isinstance(source, bytes) else str(source)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _logits(session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -252,16 +255,6 @@ def _parity(module: nn.Module, session: Any, images: torch.Tensor, arch: str) ->
         )
     same = [(e.argmax(1) == a.argmax(1)) for e, a in zip(expected, actual, strict=True)]
     return difference, float(np.concatenate(same).mean())
-
-
-def onnx_runner(path: Path, images: torch.Tensor) -> Callable[[], None]:
-    """Return a callable that runs a file once on images (N, C, H, W), one CPU thread, for `measure_latency`."""
-    session, batch = _session(path), images.detach().cpu().float().numpy()
-
-    def run() -> None:
-        _logits(session, batch)
-
-    return run
 
 
 def _latency_ms(session: Any, image: NDArray[np.float32]) -> float:

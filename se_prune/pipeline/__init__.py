@@ -6,14 +6,13 @@
 from se_prune.pipeline.classes import for_classes, like
 from se_prune.pipeline.compress import compress
 from se_prune.pipeline.folds import outlook
-from se_prune.pipeline.jobs import Applied, apply_plan, assess, finetune, new_network, plan, train
+from se_prune.pipeline.jobs import Applied, apply_plan, plan
 from se_prune.pipeline.latency import Rounding, Timing, choose_rounding, resolve_rounding
 from se_prune.pipeline.measure import (
     Reporter,
     Silent,
     Structure,
     analyze,
-    example_input,
     inspect,
     matching,
     require_classes,
@@ -22,6 +21,8 @@ from se_prune.pipeline.measure import (
 from se_prune.pipeline.outline import Outline, outline
 from se_prune.pipeline.run import RunOutcome, run_recipe
 from se_prune.pipeline.sweep import Point, Sweep, pareto, sweep
+from se_prune.pipeline.training import assess, finetune, new_network, train
+from se_prune.preprocessing import example_input
 from se_prune.training.loop import StepLog
 
 __all__ = [

@@ -16,7 +16,8 @@ from se_prune.artifact import Network
 from se_prune.data.source import DataSource, of_classes
 from se_prune.errors import DataError, SurgeryError, UsageError, nearest
 from se_prune.gates.sites import find_sites
-from se_prune.pipeline.measure import example_input, require_classes
+from se_prune.pipeline.measure import require_classes
+from se_prune.preprocessing import example_input
 from se_prune.records import HistoryEntry
 
 #: Largest difference of the kept outputs, relative to the largest, that float64 rounding explains.

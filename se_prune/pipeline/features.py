@@ -7,8 +7,9 @@ import torch
 from se_prune.artifact import Network
 from se_prune.errors import UsageError
 from se_prune.gates.sites import find_sites
-from se_prune.pipeline.measure import example_input, structure
-from se_prune.surgery.fold import lost_channels
+from se_prune.pipeline.measure import structure
+from se_prune.preprocessing import example_input
+from se_prune.surgery.lost import lost_channels
 from se_prune.training.losses import FeatureMatch
 
 

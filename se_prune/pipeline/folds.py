@@ -20,10 +20,10 @@ from se_prune.pipeline.measure import (
     Reporter,
     Structure,
     analyze,
-    example_input,
     require_statistics,
 )
 from se_prune.planning import check_budget
+from se_prune.preprocessing import example_input
 from se_prune.records import (
     Budget,
     Coupling,

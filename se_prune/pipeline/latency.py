@@ -18,16 +18,17 @@ from typing import Any, Literal
 import torch
 
 from se_prune.artifact import Network
-from se_prune.cost import interleaved
 from se_prune.errors import BudgetError, UsageError
+from se_prune.latency import interleaved
 from se_prune.pipeline.measure import Reporter, Silent, Structure
 from se_prune.planning import fastest, predicted
+from se_prune.preprocessing import example_input
 from se_prune.records import Budget, Coupling, LayerCost, Plan, PlannedLatency
 from se_prune.runtimes import Runtime, latency_model, require_runtime, shapes_of
 from se_prune.runtimes.base import Runner
 from se_prune.runtimes.bench import WARMUP, ratio_of_medians
 from se_prune.runtimes.ort import lower_quartile
-from se_prune.runtimes.table import measure_grids
+from se_prune.runtimes.table import measure_grids, odd_multiple
 from se_prune.timing import LatencyModel, LayerShape
 
 LOG = logging.getLogger("se_prune")
@@ -110,8 +111,7 @@ def stopwatch(
         SePruneError: The network cannot be exported for it.
     """
     runtime, show = require_runtime(timing.runtime), reporter or Silent()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(timing.batch, *network.header.preprocessing.input_size, generator=generator)
+    images = example_input(network.header.preprocessing, timing.batch)
     with (
         show.stage(f"dense network in {runtime.name}", None),
         tempfile.TemporaryDirectory() as folder,
@@ -364,11 +364,7 @@ def choose_rounding(
 def _halved(shape: LayerShape, round_to: int) -> LayerShape:
     step = math.lcm(round_to, 1 if shape.depthwise else shape.groups)
 
-    def half(width: int) -> int:
-        odd = 2 * max(0, round((width / 2 / step - 1) / 2)) + 1
-        return odd * step if odd * step < width else width
-
-    into, out = half(shape.into), half(shape.out)
+    into, out = (odd_multiple(width, 1 / 2, step) for width in (shape.into, shape.out))
     if shape.depthwise:
         return shape.at(into, into)
     return shape.at(into, out if shape.kind == "conv" else shape.out)

@@ -23,7 +23,8 @@ from se_prune.gates.shift import logit_shifts
 from se_prune.gates.sites import discover, find_sites
 from se_prune.gates.statistics import Statistics, collect
 from se_prune.gates.summary import fold_constants
-from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone, Preprocessing
+from se_prune.preprocessing import example_input
+from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone
 from se_prune.zoo import registry
 
 LOG = logging.getLogger("se_prune")
@@ -62,12 +63,6 @@ class Structure:
     couplings: tuple[Coupling, ...]
     cost: Cost
     left_alone: tuple[LeftAlone, ...] = ()
-
-
-def example_input(preprocessing: Preprocessing, n: int = 1) -> torch.Tensor:
-    """Return `n` fixed random images (N, C, H, W) of the network's input size."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, *preprocessing.input_size, generator=generator)
 
 
 def structure(network: Network) -> Structure:

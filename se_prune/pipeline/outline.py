@@ -14,7 +14,7 @@ from torch import nn
 from se_prune.checkpoint import open_model
 from se_prune.cost import count_cost, count_params
 from se_prune.gates.sites import find_sites
-from se_prune.pipeline.measure import example_input
+from se_prune.preprocessing import example_input
 from se_prune.records import ArchSpec, GateSite, Preprocessing
 from se_prune.zoo import registry
 from se_prune.zoo.paper import PRINTED, Printed

@@ -14,20 +14,20 @@ import torch
 from se_prune import __version__, artifact
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
-from se_prune.cost import bytes_of, measure_latency, torch_runner
+from se_prune.cost import bytes_of
 from se_prune.data import DataSource, open_data
 from se_prune.data.source import Split, balanced_subset
 from se_prune.device import choose_device, processor
 from se_prune.errors import UsageError
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target
-from se_prune.export.onnx import onnx_runner
 from se_prune.files import make_folder, write_text
 from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
+from se_prune.latency import measure_latency, torch_runner
 from se_prune.layers import layer_costs
-from se_prune.pipeline import jobs, measure
+from se_prune.pipeline import jobs, measure, training
 from se_prune.pipeline.classes import for_classes
 from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.pipeline.progress import Progress
@@ -36,6 +36,7 @@ from se_prune.planning import check_budget, check_ranges
 from se_prune.recipe import RunRecipe, table_budget
 from se_prune.report import write_report
 from se_prune.results import Evaluation, Exported, Latency, Run, StageResult
+from se_prune.runtimes.ort import open_file
 from se_prune.schema import to_json
 from se_prune.scoring.registry import find
 from se_prune.training.state import trained_seconds
@@ -108,7 +109,7 @@ def run_recipe(
     def evaluated(stage: str, network: Network, seconds: float) -> Evaluation:
         if stage in progress.stages:
             return progress.stages[stage].evaluation
-        _, result = jobs.assess(network, data, device=target, reporter=show)
+        _, result = training.assess(network, data, device=target, reporter=show)
         progress.add(StageResult(stage=stage, evaluation=result, seconds=seconds))  # type: ignore[arg-type]
         return result
 
@@ -243,7 +244,7 @@ def _finetuned(
         show.stage(f"fine-tune, {settings.epochs} epochs", None) as update,
         following(settings, log, name=name, state=progress.folder) as follow,
     ):
-        return jobs.finetune(
+        return training.finetune(
             network,
             data,
             settings,
@@ -290,7 +291,7 @@ def _latency(
         if "onnx" in recipe.export:
             export(dense, "onnx", folder / "dense.onnx", image)
             runtime, where = "onnxruntime", torch.device("cpu")
-            runners = [onnx_runner(folder / f"{name}.onnx", image) for name in ("dense", "pruned")]
+            runners = [open_file(folder / f"{name}.onnx", image, 1) for name in ("dense", "pruned")]
         else:
             runtime, where = "torch", device
             runners = [torch_runner(network.module, image, device, 1) for network in (dense, cut)]

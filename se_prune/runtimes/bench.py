@@ -16,8 +16,9 @@ import torch
 
 from se_prune import artifact
 from se_prune.artifact import Network
-from se_prune.cost import interleaved
 from se_prune.errors import SePruneError, UsageError
+from se_prune.latency import interleaved
+from se_prune.preprocessing import example_input
 from se_prune.results import BenchRow, OperationTime
 from se_prune.runtimes.base import Runtime, Source
 from se_prune.runtimes.memory import peak_memory
@@ -98,7 +99,7 @@ def _rows(
     place = device if device is not None and runtime.form == "torch" else torch.device("cpu")
     runners = []
     for number, (_, network) in enumerate(networks):
-        images = _images(network, setting.batch)
+        images = example_input(network.header.preprocessing, setting.batch)
         source = runtime.source(network, folder, str(number), images)
         runners.append(runtime.open(source, images.to(place), setting.threads))
     times = interleaved(runners, rounds, WARMUP, device=place)
@@ -123,16 +124,12 @@ def _rows(
             network.module.cpu()
 
 
-def _images(network: Network, batch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, *network.header.preprocessing.input_size, generator=generator)
-
-
 def _peak(network: Network, setting: Setting, folder: Path, name: str, place: torch.device) -> int:
     """Return the peak memory of one network; on CUDA torch's own count, in this process."""
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
-        setting.runtime.open(network.module, _images(network, setting.batch).to(place), setting.threads)()
+        images = example_input(network.header.preprocessing, setting.batch).to(place)
+        setting.runtime.open(network.module, images, setting.threads)()
         return int(torch.cuda.max_memory_allocated(place))
     file = folder / f"{name}.onnx"
     if setting.runtime.form == "torch":
@@ -147,7 +144,7 @@ def _peak(network: Network, setting: Setting, folder: Path, name: str, place: to
 @contextmanager
 def opened(network: Network, setting: Setting) -> Iterator[tuple[Source, torch.Tensor]]:
     """Yield what the runtime opens of a network, and a batch for it."""
-    images = _images(network, setting.batch)
+    images = example_input(network.header.preprocessing, setting.batch)
     with tempfile.TemporaryDirectory() as folder:
         yield setting.runtime.source(network, Path(folder), "network", images), images
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from se_prune.cost import interleaved, torch_runner
+from se_prune.latency import interleaved, torch_runner
 from se_prune.results import OperationTime
 from se_prune.timing import LayerShape
 

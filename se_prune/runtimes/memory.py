@@ -1,6 +1,6 @@
 """Peak memory of a network in a runtime: a process of its own opens it, runs it, and reports.
 
-`python -m se_prune.runtimes.memory RUNTIME FILE BATCH THREADS` prints the bytes; FILE is an ONNX file or an artifact.
+`python -m se_prune.runtimes.memory RUNTIME FILE N,C,H,W THREADS` prints the bytes; FILE is an ONNX file or an artifact.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def peak_memory(runtime: str, file: Path, input_size: tuple[int, int, int], batc
         )
         return int(json.loads(ended.stdout.splitlines()[-1]))
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        told = "no answer in time" if isinstance(error, subprocess.TimeoutExpired) else ended.stderr.strip()
+        late = isinstance(error, subprocess.TimeoutExpired)
+        told = "no answer in time" if late else (ended.stderr.strip().splitlines() or ["no answer"])[-1]
         raise SePruneError(
-            f"the memory of {file.name} in {runtime} could not be measured ({told.splitlines()[-1:] or told}); "
+            f"the memory of {file.name} in {runtime} could not be measured ({told}); "
             "leave it out with --no-memory."
         ) from error
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from se_prune.errors import SePruneError
-from se_prune.export.onnx import INPUT, OPSET
+from se_prune.export.onnx import INPUT, OPSET, session
 from se_prune.results import OperationTime
 from se_prune.timing import LayerShape
 
@@ -40,27 +40,14 @@ SUFFIXES = ("_kernel_time", "_nchwc")
 
 def open_file(source: Path | nn.Module, images: torch.Tensor, threads: int) -> Callable[[], None]:
     """Return what runs a file once on images (N, C, H, W)."""
-    session = _session(source, threads)
+    assert not isinstance(source, nn.Module), "onnxruntime opens files"
+    opened = session(source, threads)
     feeds = {INPUT: images.detach().cpu().float().numpy()}
 
     def run() -> None:
-        session.run(None, feeds)
+        opened.run(None, feeds)
 
     return run
-
-
-def _session(source: Path | nn.Module | bytes, threads: int, profile: Path | None = None) -> Any:
-    import onnxruntime
-
-    assert not isinstance(source, nn.Module), "onnxruntime opens files"
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    model = source if isinstance(source, bytes) else str(source)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def profile(
@@ -85,10 +72,10 @@ def _events(
 ) -> dict[tuple[str, str], list[float]]:
     """Return milliseconds per run of every operation (name, kind), the first run left out."""
     with tempfile.TemporaryDirectory() as folder:
-        session = _session(source, threads, Path(folder) / "profile")
+        opened = session(source, threads, Path(folder) / "profile")
         for _ in range(runs + 1):
-            session.run(None, feeds)
-        events = json.loads(Path(session.end_profiling()).read_bytes())
+            opened.run(None, feeds)
+        events = json.loads(Path(opened.end_profiling()).read_bytes())
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(SUFFIXES[0]):

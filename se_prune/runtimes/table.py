@@ -23,7 +23,7 @@ from torch import nn
 
 from se_prune.device import processor
 from se_prune.errors import SePruneError
-from se_prune.files import write_text
+from se_prune.files import cache_folder, write_text
 from se_prune.results import OperationTime
 from se_prune.runtimes.base import Runtime
 from se_prune.schema import FORBID_EXTRA, SCHEMA_VERSION, from_json, record, to_json
@@ -101,11 +101,14 @@ def widths(width: int, round_to: int, groups: int = 1) -> tuple[int, ...]:
     """
     step = math.lcm(round_to, groups)
     chosen = {width}
-    for share in SHARES:
-        odd = 2 * max(0, round((share * width / step - 1) / 2)) + 1
-        if odd * step < width:
-            chosen.add(odd * step)
+    chosen |= {odd_multiple(width, share, step) for share in SHARES}
     return tuple(sorted(chosen))
+
+
+def odd_multiple(width: int, share: float, step: int) -> int:
+    """Return the odd multiple of `step` nearest to a share of a width; the width itself where that is no smaller."""
+    nearest = step * (2 * max(0, round((share * width / step - 1) / 2)) + 1)
+    return min(nearest, width)
 
 
 def measure_grids(
@@ -152,15 +155,6 @@ def _grid(runtime: Runtime, shape: LayerShape, round_to: int, batch: int, thread
     times = runtime.layers([shape.at(a, b) for a in intos for b in outs], batch, threads)
     rows = [tuple(times[i : i + len(outs)]) for i in range(0, len(times), len(outs))]
     return LayerGrid(into=intos, out=outs, ms=tuple(rows))
-
-
-def cache_folder() -> Path:
-    """Return where measured tables are kept."""
-    named = os.environ.get("SE_PRUNE_CACHE")
-    if named:
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "se-prune"
 
 
 def _open_table(runtime: Runtime, batch: int, threads: int) -> tuple[Path, LatencyTable]:

@@ -78,7 +78,7 @@ class Signal:
 def describe(evidence: Evidence) -> Signal:
     """Return the signal of a network whose energies were measured."""
     assert evidence.energies is not None
-    gates = frozenset(name for s in evidence.sites for name in (s.reduce, s.expand) if name is not None)
+    gates = frozenset(name for site in evidence.sites for name in site.layers)
     modules = dict(evidence.model.named_modules())
     reader_of: dict[str, str] = {}
     for coupling in evidence.couplings:

@@ -26,6 +26,7 @@ from se_prune.gates.flow import positions
 from se_prune.gates.sites import find_sites
 from se_prune.gates.trace import Node, Trace, trace
 from se_prune.records import Coupling, FoldKind, GateSite, Plan
+from se_prune.surgery.lost import lost_channels
 
 #: Operations f of one feature map with f(a·x) = a·f(x) for a ≥ 0 per channel.
 COMMUTING = frozenset(
@@ -338,22 +339,3 @@ def kept_constants(
         gone = lost[by_name[name].expand or ""]
         result[name] = value[[i for i in range(len(value)) if i not in gone]]
     return result
-
-
-def lost_channels(plan: Plan, couplings: Sequence[Coupling]) -> dict[str, set[int]]:
-    """Return per layer, by name, which of its output channels leave by a plan; none for layers it does not touch.
-
-    Args:
-        plan: What leaves.
-        couplings: The channel groups of the dense network.
-    """
-    removed = {group.name: set(group.removed) for group in plan.groups}
-    lost: dict[str, set[int]] = defaultdict(set)
-    for coupling in couplings:
-        gone = removed.get(coupling.group.name, set())
-        for piece in coupling.slices:
-            if piece.role == "out":
-                lost[piece.layer] |= {
-                    i for i, root in zip(piece.index, piece.root, strict=True) if root in gone
-                }
-    return lost

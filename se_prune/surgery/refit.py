@@ -28,7 +28,8 @@ from se_prune.gates.moments import (
     sample_positions,
 )
 from se_prune.gates.trace import norms_after, trace
-from se_prune.records import Coupling, LayerRefit, LayerSlice, Plan, Preprocessing
+from se_prune.records import Coupling, LayerRefit, Plan, Preprocessing
+from se_prune.surgery.lost import lost_channels
 
 if TYPE_CHECKING:
     from se_prune.data import Split
@@ -120,7 +121,7 @@ def refit(
         )
     kept = _kept_outputs(dense, couplings, plan)
     modules = dict(cut_network.named_modules())
-    wanted = sorted({*_with_lost_inputs(couplings, plan), *changed} & kept.keys() & modules.keys())
+    wanted = sorted({*lost_channels(plan, couplings, "in"), *changed} & kept.keys() & modules.keys())
     targets = {name: kept[name] for name in wanted if has_rows(modules[name])}
     dense.to(device).eval()
     cut_network.to(device).eval()
@@ -146,26 +147,9 @@ def refit(
     return tuple(fits)
 
 
-def _slices(couplings: Sequence[Coupling], plan: Plan) -> Iterator[tuple[LayerSlice, set[int]]]:
-    """Yield every layer slice of the plan's groups with the channels that it loses."""
-    by_name = {coupling.group.name: coupling for coupling in couplings}
-    for group in plan.groups:
-        gone = set(group.removed)
-        for piece in by_name[group.name].slices:
-            yield piece, {i for i, root in zip(piece.index, piece.root, strict=True) if root in gone}
-
-
-def _with_lost_inputs(couplings: Sequence[Coupling], plan: Plan) -> list[str]:
-    names = {piece.layer for piece, lost in _slices(couplings, plan) if piece.role == "in" and lost}
-    return sorted(names)
-
-
 def _kept_outputs(dense: nn.Module, couplings: Sequence[Coupling], plan: Plan) -> dict[str, torch.Tensor]:
     """Return per layer which outputs (indices) of the dense network the cut one still has."""
-    lost: dict[str, set[int]] = {}
-    for piece, channels in _slices(couplings, plan):
-        if piece.role == "out":
-            lost.setdefault(piece.layer, set()).update(channels)
+    lost = lost_channels(plan, couplings)
     return {
         name: torch.tensor([i for i in range(len(module.weight)) if i not in lost.get(name, ())])
         for name, module in dense.named_modules()

@@ -16,8 +16,9 @@ from torch import nn
 from se_prune.data.batches import TensorImages
 from se_prune.data.source import balanced_subset
 from se_prune.errors import DataError, Interrupted, UsageError
-from se_prune.records import Preprocessing, TrainSettings
+from se_prune.records import Preprocessing
 from se_prune.schema import record, to_json
+from se_prune.settings import TrainSettings
 from se_prune.surgery.repair import recalibrate_bn
 from se_prune.training.interrupt import Request, stop_request
 from se_prune.training.losses import FeatureLoss, FeatureMatch

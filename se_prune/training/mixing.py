@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from se_prune.errors import UsageError
-from se_prune.records import TrainSettings
+from se_prune.settings import TrainSettings
 
 
 class Mixing:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_prune.records import TrainSettings
+from se_prune.settings import TrainSettings
 
 #: The one-cycle schedule starts at this part of the largest rate, and ends at that part of its start.
 ONECYCLE_START, ONECYCLE_END = 25.0, 1e4

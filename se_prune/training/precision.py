@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from se_prune.records import TrainSettings
+from se_prune.settings import TrainSettings
 
 
 def amp_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype | None:

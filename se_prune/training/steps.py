@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from se_prune.errors import SePruneError
-from se_prune.records import TrainSettings
+from se_prune.settings import TrainSettings
 from se_prune.training.losses import FeatureLoss, distillation_loss, label_loss
 from se_prune.training.mixing import Mixing
 from se_prune.training.optim import learning_rate

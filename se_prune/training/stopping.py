@@ -38,12 +38,13 @@ def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
 
 @torch.no_grad()
 def top1(model: nn.Module, split: Split, preprocessing: Preprocessing, device: torch.device) -> float:
-    """Return the share of images that the network, in eval mode, gets right; its mode is put back."""
+    """Return the share of readable images that the network, in eval mode, gets right; its mode is put back."""
     training = model.training
     model.eval()
-    right = torch.zeros((), dtype=torch.long, device=device)
+    right, seen = torch.zeros((), dtype=torch.long, device=device), 0
     for images, labels in split.batches(inference_batch(device), preprocessing):
         logits = model(images.to(device, non_blocking=True))
         right += (logits.argmax(1) == labels.to(device, non_blocking=True)).sum()
+        seen += len(labels)
     model.train(training)
-    return int(right) / len(split)
+    return int(right) / max(1, seen)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from se_prune.data.batches import TensorImages
-from se_prune.records import Preprocessing, TrainSettings
+from se_prune.records import Preprocessing
+from se_prune.settings import TrainSettings
 
 BATCH = 256
 

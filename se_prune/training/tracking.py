@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from se_prune.errors import SePruneError, UsageError
 from se_prune.files import write_text
-from se_prune.records import Tracker, TrainSettings
 from se_prune.schema import to_dict
+from se_prune.settings import Tracker, TrainSettings
 from se_prune.training.loop import StepLog
 from se_prune.training.state import TRACKING_FILE
 

@@ -314,6 +314,8 @@ def test_sweep_keeps_what_is_finished(place):
     assert [point["kept"] for point in first["points"]] == [False, False]
     assert all(0.69 < point["macs"] <= 0.7 for point in first["points"])
     assert Path("swept/report.html").is_file()
+    told = json.loads(Path("swept/l1-macs-0.7/run.json").read_text(encoding="utf-8"))["command"]
+    assert told == f"se-prune {line} --json"
     again = document(line)
     assert [point["kept"] for point in again["points"]] == [True, True]
     assert [p["top1"] for p in again["points"]] == [p["top1"] for p in first["points"]]
@@ -420,6 +422,7 @@ BAD = {
     "wrong arch": ("inspect cut.safetensors --arch zoo:se_mobilenet_x025", "se_resnet20"),
     "unknown arch": ("inspect zoo:se_resnet2", "did you mean"),
     "wrong class count": (f"evaluate {NET} --data two", "10 of them are not in two: t-shirt"),
+    "budgets of a sweep": (f"sweep {NET} --data data --macs half -o swept", "--macs takes numbers"),
     "budget 0": (f"{APPLY} --macs 0", "got 0"),
     "budget 1.5": (f"{APPLY} --macs 1.5", "got 1.5"),
     "budget -1": (f"{APPLY} --macs=-1", "got -1"),

@@ -10,9 +10,10 @@ from se_prune.checkpoint import open_model
 from se_prune.data import open_data
 from se_prune.errors import BudgetError, SePruneError, UsageError
 from se_prune.recipe import ApplyTable, ModelTable, RunRecipe
-from se_prune.records import Budget, TrainSettings
+from se_prune.records import Budget
 from se_prune.results import Run
 from se_prune.schema import from_json
+from se_prune.settings import TrainSettings
 from tests.tiny import fashion_folder
 
 pytestmark = pytest.mark.slow
@@ -127,7 +128,7 @@ TINY = RunRecipe(
     ],
 )
 def test_a_run_refuses_a_wrong_recipe_before_the_work(folder, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(pipeline.jobs, "assess", lambda *_, **__: pytest.fail("it went to work"))
+    monkeypatch.setattr(pipeline.training, "assess", lambda *_, **__: pytest.fail("it went to work"))
     recipe = replace(TINY, data=str(folder), **changes)
     with pytest.raises((UsageError, BudgetError), match=message):
         pipeline.run_recipe(recipe, tmp_path / "out", command="", device="cpu")
@@ -137,7 +138,7 @@ def test_a_run_refuses_a_wrong_recipe_before_the_work(folder, tmp_path, monkeypa
 
 
 def test_a_run_refuses_a_folder_that_cannot_be_made_before_the_work(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.jobs, "assess", lambda *_, **__: pytest.fail("it went to work"))
+    monkeypatch.setattr(pipeline.training, "assess", lambda *_, **__: pytest.fail("it went to work"))
     (tmp_path / "out").write_text("a file", encoding="utf-8")
     with pytest.raises(SePruneError, match=r"cannot make the folder .*out: File exists"):
         pipeline.run_recipe(replace(TINY, data=str(folder)), tmp_path / "out", command="", device="cpu")

@@ -17,6 +17,7 @@ ORDER = (
     "errors",  # kinds of user errors; import nothing
     "schema",  # what records are made of
     "records",  # what passes between stages
+    "settings",  # how to train
     "results",  # what a run results in
     "files",  # writing whole files
     "device",
@@ -24,6 +25,7 @@ ORDER = (
     "recipe",
     "zoo",  # architectures
     "artifact",  # our own file, and the layer types that every stage shares
+    "preprocessing",  # how a network wants its images
     "foreign",  # files of others
     "recognise",  # tensors → architecture
     "onnx_file",  # ONNX files → networks
@@ -34,8 +36,10 @@ ORDER = (
     "layers",  # sizes and MACs
     "timing",  # layers → milliseconds
     "cost",
+    "latency",  # measured
     "scoring",
     "ledger",  # why no more channels leave
+    "problem",  # widths and what they cost
     "planning",
     "folding",  # which gates become constants
     "surgery",  # cut, fold and repair

@@ -16,7 +16,8 @@ from se_prune.data.source import ClassSplit, of_classes
 from se_prune.errors import DataError, SurgeryError, UsageError
 from se_prune.pipeline import for_classes, like, matching
 from se_prune.pipeline.classes import keep_outputs
-from se_prune.records import Preprocessing, TrainSettings
+from se_prune.records import Preprocessing
+from se_prune.settings import TrainSettings
 from tests.built import lively
 from tests.nets import ALL
 

@@ -11,7 +11,8 @@ import se_prune
 from se_prune import artifact
 from se_prune.data.hand import HandImages, read_batches
 from se_prune.errors import BudgetError, DataError, UsageError
-from se_prune.records import ArchSpec, Preprocessing, TrainSettings
+from se_prune.records import ArchSpec, Preprocessing
+from se_prune.settings import TrainSettings
 from tests.built import lively
 from tests.nets import RESIDUAL
 

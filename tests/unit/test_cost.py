@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import se_prune
-from se_prune import cost
-from se_prune.cost import bytes_of, count_cost, count_params, measure_latency, torch_runner
+from se_prune import latency
+from se_prune.cost import bytes_of, count_cost, count_params
 from se_prune.errors import SePruneError, UsageError
 from se_prune.gates.sites import find_sites
+from se_prune.latency import measure_latency, torch_runner
 from se_prune.records import Preprocessing
 from tests.nets import ALL, FUNCTIONAL, RESIDUAL, ResidualSE
 
@@ -204,7 +205,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.order = 0.0, []
-        monkeypatch.setattr(cost, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(latency, "perf_counter", lambda: self.now)
 
     def runner(self, name, milliseconds):
         left = list(milliseconds)

@@ -12,17 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from se_prune.artifact import Network
 from se_prune.data import open_data
 from se_prune.data.folders import default_workers
 from se_prune.data.raw import decoded
 from se_prune.data.source import balanced_subset, reference_name
 from se_prune.errors import DataError, UsageError
 from se_prune.evaluate import evaluate, paired
-from se_prune.pipeline.classes import like
-from se_prune.pipeline.jobs import new_network
-from se_prune.pipeline.measure import matching
-from se_prune.records import ArchSpec, ArtifactHeader, Preprocessing, TrainSettings
+from se_prune.records import Preprocessing
+from se_prune.settings import TrainSettings
+from se_prune.training.stopping import top1
 from tests.tiny import png_folder
 
 RGB = Preprocessing(input_size=(3, 8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -242,6 +240,12 @@ def test_unreadable_images_are_left_out_of_both_networks(damaged, caplog, worker
     assert test.top1_difference == pytest.approx(-3 / 7)
 
 
+def test_held_out_images_that_cannot_be_read_do_not_count(damaged):
+    data = open_data(str(damaged), workers=0, max_bad_images=1)
+    assert top1(_Brightness(), data.test, RGB, CPU) == 1.0
+    assert top1(_Always(), data.test, RGB, CPU) == pytest.approx(4 / 7)
+
+
 def test_training_puts_another_image_in_the_place_of_an_unreadable_one(damaged):
     split = open_data(str(damaged), workers=0, max_bad_images=1).train
     settings = TrainSettings(batch_size=4, flip=0.0)
@@ -331,66 +335,6 @@ def test_workers_by_default(monkeypatch):
     assert default_workers() == 4
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     assert default_workers() == 1
-
-
-# Libraries.
-
-
-def test_sets_of_arrays_are_held_in_memory(tmp_path, monkeypatch):
-    class Arrays:
-        classes = ("ant", "bee")
-        targets = (0, 1, 1)
-        data = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
-
-        def __len__(self):
-            return 3
-
-    monkeypatch.setattr("timm.data.create_dataset", lambda *a, **k: Arrays())
-    data = open_data(f"torch/cifar10@{tmp_path}")
-    assert data.name == "torch/cifar10"
-    assert data.train.images.shape == (3, 3, 4, 4)
-    own = data.preprocessing
-    assert own.input_size == (3, 4, 4)
-    ((images, _),) = data.train.batches(3, own)
-    assert images.mean((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-3)
-    assert images.std((0, 2, 3), correction=0).tolist() == pytest.approx([1] * 3, abs=1e-3)
-    assert new_network("zoo:se_resnet20", data, 0).header.preprocessing.input_size[0] == 3
-    assert data.train.images[1, 2, 0, 0] == Arrays.data[1, 0, 0, 2]
-    assert (data.classes, data.train.labels.tolist()) == (("ant", "bee"), [0, 1, 1])
-
-
-def test_a_hugging_face_set_on_the_disk(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = png_folder(tmp_path / "data")
-    data = open_data(f"hfds/{folder}@{tmp_path / 'cache'}", workers=0)
-    assert data.classes == ("ant", "bee")
-    assert values(data.test.batches(9, RGB)) == [(v, int(v >= 100)) for v in (0, 10, 20, 100, 110, 120)]
-
-
-# Class maps.
-
-
-def network(*classes, module=None):
-    header = ArtifactHeader(arch=ArchSpec(ref="in hand"), preprocessing=RGB, classes=classes)
-    return Network(module=module or _Brightness(), header=header)
-
-
-def test_classes_are_matched_by_name(tmp_path):
-    data = open_data(str(png_folder(tmp_path / "data")), workers=0)
-    assert matching(network("ant", "bee"), data) is data
-    assert matching(network(), data) is data
-    assert matching(network("0", "1"), data) is data
-    turned = matching(network("bee", "ant"), data)
-    assert turned.classes == ("bee", "ant")
-    assert turned.test.labels.tolist() == [1, 1, 1, 0, 0, 0]
-    assert [y for _, y in values(turned.test.batches(4, RGB))] == [1, 1, 1, 0, 0, 0]
-    with pytest.raises(DataError, match=r"2 classes, and 1 of them are not in .*: wasp .it has ant, bee"):
-        matching(network("ant", "wasp"), data)
-    with pytest.raises(
-        DataError, match=r"number their classes in another way .class 0 is 'ant' of one and 'bee'"
-    ):
-        like(network("bee", "ant"), network("ant", "bee"), data)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from se_prune.errors import DataError, UsageError
 from se_prune.gates.sites import find_sites
 from se_prune.pipeline import apply_plan, plan, structure
 from se_prune.pipeline.features import match_features
-from se_prune.records import ArchSpec, ArtifactHeader, Budget, TrainSettings
+from se_prune.records import ArchSpec, ArtifactHeader, Budget
+from se_prune.settings import TrainSettings
 from se_prune.training import fit, loop
 from se_prune.training.losses import FeatureLoss, FeatureMatch, label_loss
 from se_prune.training.mixing import Mixing

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from se_prune.errors import BudgetError, UsageError
-from se_prune.planning import FLOOR_SHARE, make_plan
+from se_prune.planning import make_plan
+from se_prune.problem import FLOOR_SHARE
 from se_prune.records import Budget, ChannelGroup, Coupling, LayerCost, LayerSlice, Scores
 from tests.built import built, random_plan, random_scores
 

@@ -13,7 +13,8 @@ from se_prune import artifact
 from se_prune.data.batches import TensorImages
 from se_prune.data.source import DataSource
 from se_prune.errors import UsageError
-from se_prune.pipeline import jobs, run_recipe
+from se_prune.pipeline import run_recipe
+from se_prune.pipeline import train as train_network
 from se_prune.recipe import (
     BUNDLED,
     SOURCE,
@@ -28,7 +29,8 @@ from se_prune.recipe import (
     read_toml,
     train_settings,
 )
-from se_prune.records import Budget, Preprocessing, TrainSettings
+from se_prune.records import Budget, Preprocessing
+from se_prune.settings import TrainSettings
 from se_prune.zoo import registry
 
 GOOD = """
@@ -216,7 +218,7 @@ def test_the_recipes_of_cifar_run_for_two_steps(tmp_path, monkeypatch, size, cla
     monkeypatch.chdir(tmp_path)
     stem = f"cifar{classes}_se_resnet{size}"
     train = replace(train_settings(find_recipe("cifar_train"), "train"), epochs=1, batch_size=4)
-    network, _ = jobs.train(f"zoo:se_resnet{size}", data, train, device=torch.device("cpu"))
+    network, _ = train_network(f"zoo:se_resnet{size}", data, train, device=torch.device("cpu"))
     artifact.save(f"{stem}.safetensors", network)
     recipe = read_run(find_recipe(stem))
     short = replace(

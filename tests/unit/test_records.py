@@ -10,19 +10,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from se_prune import recipe, records, results
+from se_prune import recipe, records, results, timing
+from se_prune import settings as training_settings
 from se_prune.errors import SePruneError, nearest
+from se_prune.pipeline import progress
 from se_prune.records import ArchSpec, Budget, HistoryEntry, Plan, SiteSummary
 from se_prune.results import Latency, Run
+from se_prune.runtimes import table
 from se_prune.schema import from_dict, from_json, to_dict, to_json
 from se_prune.training.loop import StepLog, TrainResult
 from tests import runs
 
 RECORDS = [
     value
-    for module in (records, results, recipe)
+    for module in (records, training_settings, results, recipe, timing, table, progress)
     for value in vars(module).values()
     if dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+    if value is not timing.LayerTimes  # a record and what was asked of it
 ]
 #: Those that stay in memory between two stages, and so say nothing about unknown keys.
 IN_MEMORY = {records.LayerSlice, records.Coupling, records.LayerCost}

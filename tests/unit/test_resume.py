@@ -11,7 +11,7 @@ from torch import nn
 from se_prune.data.batches import TensorImages
 from se_prune.errors import CheckpointError, Interrupted
 from se_prune.gates.sites import find_sites
-from se_prune.records import TrainSettings
+from se_prune.settings import TrainSettings
 from se_prune.training import fit, state
 from se_prune.training.losses import FeatureMatch
 from se_prune.training.state import STATE_FILE, remove_state, state_beside

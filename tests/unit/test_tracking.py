@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from se_prune.errors import UsageError
-from se_prune.records import TrainSettings
+from se_prune.settings import TrainSettings
 from se_prune.training.loop import StepLog
 from se_prune.training.tracking import COLUMNS, following
 

@@ -15,8 +15,7 @@ from se_prune.data.batches import TensorImages
 from se_prune.errors import CheckpointError, DataError, SePruneError
 from se_prune.evaluate import evaluate
 from se_prune.gates.sites import find_sites
-from se_prune.pipeline.jobs import gate_layers
-from se_prune.records import TrainSettings
+from se_prune.settings import TrainSettings
 from se_prune.training import fit
 from se_prune.training.losses import distillation_loss
 from se_prune.training.optim import build_optimizer, learning_rate
@@ -135,7 +134,7 @@ def test_biases_norms_and_chosen_layers_are_not_decayed(optimizer):
 
 def test_the_layers_of_all_gates_are_found_by_their_sites():
     model = DepthwiseSE().eval()
-    layers = gate_layers(find_sites(model, DEPTHWISE.images()))
+    layers = {name for site in find_sites(model, DEPTHWISE.images()) for name in site.layers}
     assert layers == {f"blocks.{block}.se.fc.{layer}" for block in (0, 1) for layer in (0, 2)}
     assert not any(decays(model, TrainSettings(), layers)[f"{layer}.weight"] for layer in layers)
     assert all(decays(model, TrainSettings())[f"{layer}.weight"] for layer in layers)

@@ -44,7 +44,7 @@ def command(
     mean: Mean = None,
     std: Std = None,
     workers: Workers = None,
-    max_bad_images: MaxBadImages = 0.001,
+    max_bad_images: MaxBadImages = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

@@ -41,7 +41,7 @@ def command(
     mean: Mean = None,
     std: Std = None,
     workers: Workers = None,
-    max_bad_images: MaxBadImages = 0.001,
+    max_bad_images: MaxBadImages = None,
     as_json: Json = False,
 ) -> None:
     """Write a network for a runtime and check it against torch on real images."""

@@ -54,7 +54,7 @@ def command(
     std: Std = None,
     seed: Seed = 0,
     workers: Workers = None,
-    max_bad_images: MaxBadImages = 0.001,
+    max_bad_images: MaxBadImages = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

@@ -9,7 +9,19 @@ import typer
 
 from se_prune import text
 from se_prune.records import RepairMode
-from se_prune_cli.output import Arch, Data, Device, Ema, Json, Model, Output, Pretrained, Progressed, Seed
+from se_prune_cli.output import (
+    Arch,
+    Data,
+    Device,
+    Ema,
+    Json,
+    Model,
+    Output,
+    Pretrained,
+    Progressed,
+    Seed,
+    command_line,
+)
 
 if TYPE_CHECKING:
     from se_prune.pipeline.sweep import Point
@@ -69,7 +81,7 @@ def command(
         budgets,
         [name.strip() for name in criterion.split(",")],
         output,
-        command=f"se-prune sweep {model} --data {data} -o {output}",
+        command=command_line(data),
         device=device,
         reporter=show,
         on_point=lambda point: out.say(_line(point)),
@@ -93,8 +105,8 @@ def _budgets(**lists: str | None) -> list[Budget]:
     Raises:
         UsageError: None or several were given, or a value is no number.
     """
-    from se_prune.checkpoint import parse_floats
     from se_prune.errors import UsageError
+    from se_prune.preprocessing import parse_floats
     from se_prune.records import Budget
 
     given = [(kind, values) for kind, values in lists.items() if values is not None]
@@ -104,7 +116,7 @@ def _budgets(**lists: str | None) -> list[Budget]:
         )
     kind, values = given[0]
     kinds: Any = kind
-    return [Budget(kind=kinds, value=value) for value in parse_floats(values)]
+    return [Budget(kind=kinds, value=value) for value in parse_floats(values, f"--{kind}")]
 
 
 def _line(point: Point) -> str:

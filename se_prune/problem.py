@@ -1,0 +1,142 @@
+"""What a planner may choose, and what a choice costs: groups, the widths they may have, and every layer between them.
+
+`kept` and widths hold one number of channels per group; hidden units that follow others are settled by `settled`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from se_prune.records import ChannelGroup, Coupling, HiddenPolicy, LayerCost
+from se_prune.timing import LatencyModel, LayerTimes
+
+#: A group keeps at least this share of its channels, whatever the scores say.
+FLOOR_SHARE = 1 / 16
+
+
+@dataclass(slots=True, kw_only=True)
+class Layer:
+    """One layer and the groups that its inputs and outputs belong to."""
+
+    name: str
+    cost: LayerCost
+    into: list[tuple[int, int]]  # (group, channels of the layer's input per channel of the group)
+    out: list[tuple[int, int]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Problem:
+    """The groups that can be cut, what widths they may have, and the layers whose cost follows from these."""
+
+    couplings: tuple[Coupling, ...]
+    layers: list[Layer]
+    options: list[tuple[int, ...]]  # allowed numbers of kept channels, descending, per group
+    leader: list[int | None]  # the group whose width a hidden group follows
+    hidden: HiddenPolicy
+    times: LayerTimes | None = None
+
+    def follows(self, number: int) -> bool:
+        """Say whether a group's width is not the planner's choice."""
+        return self.couplings[number].group.kind == "hidden" and self.hidden != "prune"
+
+
+def pose(
+    couplings: Sequence[Coupling],
+    costs: Mapping[str, LayerCost],
+    round_to: int,
+    min_channels: int,
+    hidden: HiddenPolicy,
+    *,
+    times: LatencyModel | None = None,
+) -> Problem:
+    """Return the problem of some groups and layers; arguments are those of `planning.make_plan`."""
+    chosen = tuple(c for c in couplings if c.group.prunable)
+    layers = {name: Layer(name=name, cost=cost, into=[], out=[]) for name, cost in costs.items()}
+    for number, coupling in enumerate(chosen):
+        for piece in coupling.slices:
+            if piece.layer not in layers:
+                continue
+            copies = max(1, len(piece.index) // coupling.group.channels)
+            side = layers[piece.layer].into if piece.role == "in" else layers[piece.layer].out
+            side.append((number, copies))
+    leader = [_leader(coupling, chosen) for coupling in chosen]
+    return Problem(
+        couplings=chosen,
+        layers=list(layers.values()),
+        options=[
+            _options(c.group, 1 if c.group.kind == "hidden" else round_to, min_channels) for c in chosen
+        ],
+        leader=leader,
+        hidden=hidden,
+        times=None if times is None else LayerTimes.of(times, costs),
+    )
+
+
+def _leader(coupling: Coupling, couplings: Sequence[Coupling]) -> int | None:
+    """Return the group whose channels a hidden group's site gates: the one that its `expand` makes."""
+    if coupling.group.kind != "hidden":
+        return None
+    expands = set(coupling.layers("in"))
+    for number, other in enumerate(couplings):
+        if other.group.kind != "hidden" and expands & set(other.layers("out")):
+            return number
+    return None
+
+
+def _options(group: ChannelGroup, round_to: int, min_channels: int) -> tuple[int, ...]:
+    channels, tied = group.channels, group.tied
+    floor = min(channels, max(min_channels, tied, math.ceil(channels * FLOOR_SHARE)))
+    inner = [k for k in range(channels - tied, floor - 1, -tied) if k % round_to == 0]
+    return (channels, *inner)
+
+
+def settled(problem: Problem, kept: Sequence[int]) -> list[int]:
+    """Return kept channels per group, with hidden groups that follow set to what they follow."""
+    widths = list(kept)
+    for number, leader in enumerate(problem.leader):
+        if problem.follows(number):
+            hidden = problem.couplings[number].group.channels
+            if leader is None or problem.hidden == "keep":
+                widths[number] = hidden
+                continue
+            share = kept[leader] / problem.couplings[leader].group.channels
+            widths[number] = max(problem.options[number][-1], math.ceil(hidden * share - 1e-9))
+    return widths
+
+
+def _layer_widths(problem: Problem, layer: Layer, widths: Sequence[int]) -> tuple[int, int]:
+    """Return the channels in and out of one layer at the given widths."""
+    groups = problem.couplings
+    out = layer.cost.out_channels - sum((groups[g].group.channels - widths[g]) * t for g, t in layer.out)
+    into = layer.cost.in_channels - sum((groups[g].group.channels - widths[g]) * t for g, t in layer.into)
+    return into, out
+
+
+def _layer_cost(problem: Problem, layer: Layer, widths: Sequence[int]) -> tuple[int, int]:
+    """Return (MACs, parameters) of one layer at the given widths."""
+    cost = layer.cost
+    into, out = _layer_widths(problem, layer, widths)
+    share_out = cost.out_channels or 1
+    weights = cost.weights * out // share_out
+    macs = cost.macs * out // share_out
+    if not cost.channelwise:
+        weights = weights * into // (cost.in_channels or 1)
+        macs = macs * into // (cost.in_channels or 1)
+    return macs, weights + cost.biases * out // share_out
+
+
+def totals(problem: Problem, kept: Sequence[int]) -> tuple[int, int]:
+    """Return (MACs, parameters) of all layers."""
+    widths = settled(problem, kept)
+    pairs = [_layer_cost(problem, layer, widths) for layer in problem.layers]
+    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+
+def latency(problem: Problem, kept: Sequence[int]) -> float:
+    """Return milliseconds, as the table says."""
+    assert problem.times is not None, "a budget of latency comes with a table"
+    widths, times = settled(problem, kept), problem.times
+    layers = sum(times.at(layer.name, *_layer_widths(problem, layer, widths)) for layer in problem.layers)
+    return layers + times.model.fixed_ms

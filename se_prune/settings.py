@@ -1,0 +1,87 @@
+"""How to train: the keys of a recipe's `[train]` and `[finetune]` tables."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from se_prune.schema import FORBID_EXTRA, record
+
+#: Share of a split whose images may be unreadable and are left out, unless told otherwise.
+MAX_BAD_IMAGES = 0.001
+#: Where a training is followed, beside the log that is always written.
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+
+
+@record
+class TrainSettings:
+    """How to train or fine-tune; every field is a key of a recipe's `[train]` or `[finetune]` table.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images of one forward pass.
+        accumulate: Forward passes of one step; the gradient is their mean.
+        optimizer: SGD with Nesterov momentum, or AdamW.
+        lr: The largest learning rate.
+        momentum: Of SGD.
+        weight_decay: Of weights; biases, BN and the gates' own layers have none.
+        schedule: After the warm-up `cosine` falls to zero and `constant` stays. `onecycle` rises from lr / 25 along
+            a cosine over the share `warmup` of the steps, and falls along another one to lr / 250,000.
+        warmup: Share of the steps in which the rate rises.
+        label_smoothing: Share of the target that is spread over all classes, in mixed labels too.
+        ema_decay: Decay per step of the average of the weights that is kept in place of the last ones; 0 for none.
+        ema_bn_images: Training images on which BN statistics of the average are taken anew at the end; 0 keeps
+            their own average.
+        crop_padding: Random shift by up to so many pixels (images in memory).
+        flip: Probability of a horizontal flip.
+        erase: Probability of random erasing.
+        rand_augment: Operations of RandAugment per image; 0 for none.
+        rand_augment_magnitude: Their strength, 0 to 10.
+        mixup: Alpha of mixup; 0 for none. With `cutmix` as well, each batch takes one of the two.
+        cutmix: Alpha of CutMix; 0 for none.
+        mix_prob: Probability that a batch is mixed at all.
+        clip_norm: Largest norm of the gradient; 0 for no bound.
+        amp: Mixed precision; `auto` is bf16 where the device computes in it, else fp16 on GPUs.
+        channels_last: Memory layout (N, H, W, C).
+        compile: Compile the network with torch.compile.
+        distill_weight: Share of the loss that follows the teacher's outputs rather than the labels.
+        distill_temperature: Softens both outputs.
+        distill_features: Weight of the squared distance of the recalibrated features at the gates, relative to the
+            teacher's energy there; 0 for none.
+        held_out: Share of the training images that is not trained on, and measures each epoch.
+        patience: Epochs without a better top-1 on held-out images after which training stops; 0 to go on.
+        keep: The weights of the `last` epoch, or of the `best` one on held-out images.
+        track: Where the training is followed, beside its log.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    epochs: int = 30
+    batch_size: int = 128
+    accumulate: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    warmup: float = 0.1
+    label_smoothing: float = 0.1
+    ema_decay: float = 0.0
+    ema_bn_images: int = 0
+    crop_padding: int = 2
+    flip: float = 0.5
+    erase: float = 0.0
+    rand_augment: int = 0
+    rand_augment_magnitude: int = 9
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    clip_norm: float = 0.0
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    distill_weight: float = 0.7
+    distill_temperature: float = 2.0
+    distill_features: float = 0.0
+    held_out: float = 0.0
+    patience: int = 0
+    keep: Literal["last", "best"] = "last"
+    track: tuple[Tracker, ...] = ()
