@@ -195,6 +195,7 @@ def _leader(coupling: Coupling, couplings: Sequence[Coupling]) -> int | None:
 def _options(group: ChannelGroup, round_to: int, min_channels: int) -> tuple[int, ...]:
     channels, tied = group.channels, group.tied
     floor = min(channels, max(min_channels, tied, math.ceil(channels * FLOOR_SHARE)))
+    floor = max(floor, channels - tied * len(group.together))
     inner = [k for k in range(channels - tied, floor - 1, -tied) if k % round_to == 0]
     return (channels, *inner)
 
@@ -247,14 +248,13 @@ def _target(problem: _Problem, budget: Budget, full: Sequence[int]) -> float:
     return fraction * _measure(problem, budget, full) + 1e-6
 
 
-def _units(values: Sequence[float], tied: int) -> list[float]:
-    """Return the mean score of the channels that leave together, per unit: unit u holds u, u + units, and so on."""
-    units = len(values) // tied
-    return [sum(values[u::units]) / tied for u in range(units)]
+def _units(values: Sequence[float], group: ChannelGroup) -> list[float]:
+    """Return the mean score of the channels that leave together, per unit."""
+    return [sum(values[channel] for channel in unit) / group.tied for unit in group.together]
 
 
 def _normalised(scores: Scores, group: ChannelGroup) -> list[float]:
-    values = _units(scores.groups[group.name], group.tied)
+    values = _units(scores.groups[group.name], group)
     if scores.comparable:
         return values
     mean = sum(values) / len(values)
@@ -356,10 +356,11 @@ def _plan(
     plans = []
     for number, coupling in enumerate(problem.couplings):
         group = coupling.group
-        values = _units(scores.groups[group.name], group.tied)
+        values = _units(scores.groups[group.name], group)
         order = sorted(range(len(values)), key=lambda u: (values[u], u))
         gone = order[: (group.channels - widths[number]) // group.tied]
-        removed = tuple(sorted(i for u in gone for i in range(u, group.channels, len(values))))
+        together = group.together
+        removed = tuple(sorted(i for u in gone for i in together[u]))
         note = why_no_more(
             group,
             widths[number],

@@ -13,6 +13,7 @@ from torch import nn
 from torch_pruning.dependency.group import Group
 
 from se_prune.artifact import CONV_TYPES, NORM_TYPES
+from se_prune.channels.shuffles import map_shuffles, plain_views
 from se_prune.errors import SurgeryError
 from se_prune.records import GateSite
 
@@ -41,6 +42,14 @@ def _gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+class _Graph(tp.DependencyGraph):
+    """torch-pruning's graph, with the views of channel shuffles made known before it looks at shapes."""
+
+    def _build_dependency(self, module2node: Any) -> None:
+        super()._build_dependency(module2node)
+        plain_views(self)
+
+
 def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
     """Return torch-pruning's dependency graph.
 
@@ -49,7 +58,9 @@ def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
     """
     try:
         with _gradients(model):
-            return tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+            graph = _Graph().build_dependency(model, example_inputs=example, verbose=False)
+            map_shuffles(graph)
+            return graph
     except Exception as error:
         raise SurgeryError(
             f"torch-pruning cannot trace this network ({type(error).__name__}: {str(error)[:200]}); "
