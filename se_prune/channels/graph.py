@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
 from se_prune.artifact import CONV_TYPES, NORM_TYPES
+from se_prune.channels.joints import MarkSplits, map_joints
 from se_prune.channels.shuffles import map_shuffles, plain_views
 from se_prune.errors import SurgeryError
 from se_prune.records import GateSite
@@ -43,11 +45,20 @@ def _gradients(model: nn.Module) -> Iterator[None]:
 
 
 class _Graph(tp.DependencyGraph):
-    """torch-pruning's graph, with the views of channel shuffles made known before it looks at shapes."""
+    """torch-pruning's graph, with the views of channel shuffles made known before it looks at shapes, and mapped once."""
 
     def _build_dependency(self, module2node: Any) -> None:
         super()._build_dependency(module2node)
         plain_views(self)
+
+    def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Sequence[int]) -> Any:
+        """Return a group by the mappings that the graph has; torch-pruning would guess them anew every time."""
+        update = index_mapping.update_index_mapping
+        index_mapping.update_index_mapping = lambda _: None
+        try:
+            return super().get_pruning_group(module, pruning_fn, idxs)
+        finally:
+            index_mapping.update_index_mapping = update
 
 
 def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
@@ -57,8 +68,9 @@ def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
         SurgeryError: torch-pruning cannot trace the network.
     """
     try:
-        with _gradients(model):
+        with _gradients(model), MarkSplits():
             graph = _Graph().build_dependency(model, example_inputs=example, verbose=False)
+            map_joints(graph)
             map_shuffles(graph)
             return graph
     except Exception as error:

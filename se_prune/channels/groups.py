@@ -11,6 +11,7 @@ from torch import nn
 
 from se_prune.artifact import CONV_TYPES, geometry
 from se_prune.channels.graph import OUT_FNS, build_graph, expands, found_groups, role_of
+from se_prune.channels.joints import refusal, split_sizes
 from se_prune.channels.shuffles import shuffle_of
 from se_prune.channels.ties import Sharing, irregular, regular
 from se_prune.gates.shuffles import shuffled_layers
@@ -69,6 +70,7 @@ def _coupling(
     reasons: list[str] = []
     modules: dict[str, nn.Module] = {}
     shuffles: list[tuple[int, dict[int, int]]] = []
+    splits: list[tuple[tuple[int, ...], dict[int, int]]] = []
     for item in group.items:
         module, handler = item.dep.target.module, item.dep.handler
         if isinstance(module, nn.Parameter):
@@ -78,6 +80,11 @@ def _coupling(
         groups = shuffle_of(module)
         if groups is not None:
             shuffles.append((groups, places))
+        sizes, reason = split_sizes(item.dep.target), refusal(item.dep.target)
+        if sizes is not None:
+            splits.append((sizes, places))
+        if reason is not None:
+            reasons.append(reason)
         if module not in names:
             continue
         role = role_of(module, handler)
@@ -97,7 +104,7 @@ def _coupling(
     reasons += _refusals(slices, modules)
     tied, units = 1, ()
     if not reasons:
-        tied, units, reason = _leaving(channels, slices, modules, shuffles)
+        tied, units, reason = _leaving(channels, slices, modules, shuffles, splits)
         reasons += [reason] if reason else []
     info = ChannelGroup(
         name=names[group[0].dep.target.module],
@@ -120,6 +127,7 @@ def _leaving(
     slices: Sequence[LayerSlice],
     modules: Mapping[str, nn.Module],
     shuffles: Sequence[tuple[int, Mapping[int, int]]],
+    splits: Sequence[tuple[tuple[int, ...], Mapping[int, int]]],
 ) -> tuple[int, tuple[tuple[int, ...], ...], str | None]:
     """Return how many channels leave together, the units where they are irregular, and why nothing can leave."""
     rows: list[list[int]] = []
@@ -134,7 +142,11 @@ def _leaving(
             assert isinstance(module, CONV_TYPES)
             width = len(piece.index) // module.groups
             group_of = {root: i // width for i, root in zip(piece.index, piece.root, strict=True)}
-            sharings.append(Sharing(layer=piece.layer, groups=module.groups, group_of=group_of))
+            sharings.append(Sharing(groups=module.groups, group_of=group_of))
+    for sizes, places in splits:
+        if len(set(sizes)) > 1 or len(places) != sum(sizes):
+            return 1, (), "a split into unequal parts, or of a concatenation, reads its channels"
+        sharings.append(Sharing(groups=len(sizes), group_of={root: i // sizes[0] for i, root in places.items()}))
     if len({row for rows_ in rows for row in rows_}) < sum(map(len, rows)):
         return 1, (), "more than one channel shuffle reorders its channels"
     tied = regular(channels, sharings, rows)
@@ -143,9 +155,9 @@ def _leaving(
     units = irregular(channels, sharings, rows)
     if units and len(units[0]) < channels:
         return len(units[0]), units, None
-    narrow = next((s.layer for s in sharings if s.groups == channels), None)
-    if narrow is not None:
-        return 1, (), f"the groups of {narrow} have one channel each"
+    narrow = [p.layer for p in slices if _is_grouped(modules[p.layer]) and modules[p.layer].groups == channels]
+    if narrow:
+        return 1, (), f"the groups of {narrow[0]} have one channel each"
     return 1, (), "no part of its channels leaves grouped convolutions and channel shuffles equal shares"
 
 

@@ -20,9 +20,11 @@ Imbalance = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
-    """A grouped convolution, by the group of the convolution that each of a channel group's channels is in."""
+    """Equal shares: which of a grouped convolution's groups, or a split's parts, each channel of a group is in.
 
-    layer: str
+    Every channel is in one.
+    """
+
     groups: int
     group_of: Mapping[int, int]
 
