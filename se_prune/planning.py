@@ -173,9 +173,7 @@ def _problem(
     return _Problem(
         couplings=chosen,
         layers=list(layers.values()),
-        options=[
-            _options(c.group, 1 if c.group.kind == "hidden" else round_to, min_channels) for c in chosen
-        ],
+        options=[_options(c, 1 if c.group.kind == "hidden" else round_to, min_channels) for c in chosen],
         leader=leader,
         hidden=hidden,
     )
@@ -192,12 +190,35 @@ def _leader(coupling: Coupling, couplings: Sequence[Coupling]) -> int | None:
     return None
 
 
-def _options(group: ChannelGroup, round_to: int, min_channels: int) -> tuple[int, ...]:
+def _options(coupling: Coupling, round_to: int, min_channels: int) -> tuple[int, ...]:
+    group, together = coupling.group, coupling.group.together
     channels, tied = group.channels, group.tied
     floor = min(channels, max(min_channels, tied, math.ceil(channels * FLOOR_SHARE)))
-    floor = max(floor, channels - tied * len(group.together))
+    parts = sum(min(min_channels, len(part)) for part in _parts(coupling))
+    floor = max(floor, min(channels, tied * parts), channels - tied * len(together))
     inner = [k for k in range(channels - tied, floor - 1, -tied) if k % round_to == 0]
     return (channels, *inner)
+
+
+def _parts(coupling: Coupling) -> list[frozenset[int]]:
+    """Return the units of each layer that has a part of the group's channels alone (a branch of a concatenation)."""
+    unit_of = {c: number for number, unit in enumerate(coupling.group.together) for c in unit}
+    every = len(coupling.group.together)
+    found = {
+        frozenset(unit_of[c] for c in piece.root if c in unit_of)
+        for piece in coupling.slices
+        if len(set(piece.root)) < coupling.group.channels
+    }
+    return sorted((part for part in found if 0 < len(part) < every), key=sorted)
+
+
+def _order(coupling: Coupling, values: Sequence[float], min_channels: int) -> list[int]:
+    """Return units in the order in which they leave: the lowest first, the best few of every part last."""
+    staying: set[int] = set()
+    for part in _parts(coupling):
+        best = sorted(part, key=lambda u: (-values[u], -u))
+        staying.update(best[:min_channels])
+    return sorted(range(len(values)), key=lambda u: (u in staying, values[u], u))
 
 
 def _widths(problem: _Problem, kept: Sequence[int]) -> list[int]:
@@ -357,7 +378,7 @@ def _plan(
     for number, coupling in enumerate(problem.couplings):
         group = coupling.group
         values = _units(scores.groups[group.name], group)
-        order = sorted(range(len(values)), key=lambda u: (values[u], u))
+        order = _order(coupling, values, min_channels)
         gone = order[: (group.channels - widths[number]) // group.tied]
         together = group.together
         removed = tuple(sorted(i for u in gone for i in together[u]))

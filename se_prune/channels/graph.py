@@ -44,12 +44,29 @@ def _gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _free_mixers(module2node: Mapping[Any, Any]) -> None:
+    """Take convolutions of one channel out of every dependency: along the channels (ECA) they tie none of them.
+
+    torch-pruning takes the channels for features of that one, and follows them in ever longer lists.
+    """
+    mixers = {
+        node for module, node in module2node.items() if isinstance(module, nn.Conv1d) and _is_mixer(module)
+    }
+    for node in module2node.values():
+        node.dependencies = [] if node in mixers else [d for d in node.dependencies if d.target not in mixers]
+
+
+def _is_mixer(module: nn.Conv1d) -> bool:
+    return module.in_channels == module.out_channels == 1
+
+
 class _Graph(tp.DependencyGraph):
     """torch-pruning's graph, with the views of channel shuffles made known before it looks at shapes, and mapped once."""
 
     def _build_dependency(self, module2node: Any) -> None:
         super()._build_dependency(module2node)
         plain_views(self)
+        _free_mixers(module2node)
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Sequence[int]) -> Any:
         """Return a group by the mappings that the graph has; torch-pruning would guess them anew every time."""
