@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning import ops
 from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
@@ -52,20 +53,32 @@ def _free_mixers(module2node: Mapping[Any, Any]) -> None:
     mixers = {
         node for module, node in module2node.items() if isinstance(module, nn.Conv1d) and _is_mixer(module)
     }
+    for mixer in mixers:
+        _plain_behind(mixer)
     for node in module2node.values():
         node.dependencies = [] if node in mixers else [d for d in node.dependencies if d.target not in mixers]
+
+
+def _plain_behind(node: Any) -> None:
+    """Let the first views behind a node pass for elementwise: what they lay out anew are channels already."""
+    for following in node.outputs:
+        if following.type == ops.OPTYPE.RESHAPE:
+            following.type = ops.OPTYPE.ELEMENTWISE
+        elif following.type == ops.OPTYPE.ELEMENTWISE and "Mul" not in following.grad_fn.name():
+            _plain_behind(following)
 
 
 def _is_mixer(module: nn.Conv1d) -> bool:
     return module.in_channels == module.out_channels == 1
 
 
-class _Graph(tp.DependencyGraph):
-    """torch-pruning's graph, with the views of channel shuffles made known before it looks at shapes, and mapped once."""
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """torch-pruning's graph, with views that are no flattenings made known before it looks at shapes; mapped once."""
 
     def _build_dependency(self, module2node: Any) -> None:
         super()._build_dependency(module2node)
         plain_views(self)
+        map_joints(module2node.values())
         _free_mixers(module2node)
 
     def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Sequence[int]) -> Any:
@@ -87,7 +100,6 @@ def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
     try:
         with _gradients(model), MarkSplits():
             graph = _Graph().build_dependency(model, example_inputs=example, verbose=False)
-            map_joints(graph)
             map_shuffles(graph)
             return graph
     except Exception as error:

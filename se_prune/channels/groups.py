@@ -102,7 +102,8 @@ def _coupling(
     channels = len(group[0].idxs)
     reasons += ["it has one channel"] if channels == 1 else []
     reasons += _refusals(slices, modules)
-    tied, units = 1, ()
+    tied: int = 1
+    units: tuple[tuple[int, ...], ...] = ()
     if not reasons:
         tied, units, reason = _leaving(channels, slices, modules, shuffles, splits)
         reasons += [reason] if reason else []
@@ -130,35 +131,51 @@ def _leaving(
     splits: Sequence[tuple[tuple[int, ...], Mapping[int, int]]],
 ) -> tuple[int, tuple[tuple[int, ...], ...], str | None]:
     """Return how many channels leave together, the units where they are irregular, and why nothing can leave."""
-    rows: list[list[int]] = []
-    for groups, places in shuffles:
-        if sorted(places) != list(range(channels)) or sorted(places.values()) != list(range(channels)):
-            return 1, (), "a channel shuffle reorders its channels among others"
-        rows.extend([places[p] for p in range(start, start + groups)] for start in range(0, channels, groups))
-    sharings = []
+    reason = _unfollowed(channels, shuffles, splits)
+    if reason is not None:
+        return 1, (), reason
+    rows = [
+        [places[p] for p in range(start, start + groups)]
+        for groups, places in shuffles
+        for start in range(0, channels, groups)
+    ]
+    sharings = [
+        Sharing(groups=len(sizes), group_of={root: i // sizes[0] for i, root in places.items()})
+        for sizes, places in splits
+    ]
+    narrow = []
     for piece in slices:
         module = modules[piece.layer]
-        if _is_grouped(module) and piece.role != "channelwise":
-            assert isinstance(module, CONV_TYPES)
+        if isinstance(module, CONV_TYPES) and module.groups > 1 and piece.role != "channelwise":
             width = len(piece.index) // module.groups
             group_of = {root: i // width for i, root in zip(piece.index, piece.root, strict=True)}
             sharings.append(Sharing(groups=module.groups, group_of=group_of))
-    for sizes, places in splits:
-        if len(set(sizes)) > 1 or len(places) != sum(sizes):
-            return 1, (), "a split into unequal parts, or of a concatenation, reads its channels"
-        sharings.append(Sharing(groups=len(sizes), group_of={root: i // sizes[0] for i, root in places.items()}))
-    if len({row for rows_ in rows for row in rows_}) < sum(map(len, rows)):
-        return 1, (), "more than one channel shuffle reorders its channels"
+            narrow += [piece.layer] if module.groups == channels else []
     tied = regular(channels, sharings, rows)
     if tied is not None and (not rows or tied <= max(len(r) for r in rows) ** 2):
         return tied, (), None
     units = irregular(channels, sharings, rows)
     if units and len(units[0]) < channels:
         return len(units[0]), units, None
-    narrow = [p.layer for p in slices if _is_grouped(modules[p.layer]) and modules[p.layer].groups == channels]
     if narrow:
         return 1, (), f"the groups of {narrow[0]} have one channel each"
     return 1, (), "no part of its channels leaves grouped convolutions and channel shuffles equal shares"
+
+
+def _unfollowed(
+    channels: int,
+    shuffles: Sequence[tuple[int, Mapping[int, int]]],
+    splits: Sequence[tuple[tuple[int, ...], Mapping[int, int]]],
+) -> str | None:
+    """Say why shuffles and splits of a group's channels cannot be followed."""
+    every = list(range(channels))
+    if any(sorted(places) != every or sorted(places.values()) != every for _, places in shuffles):
+        return "a channel shuffle reorders its channels among others"
+    if len(shuffles) > 1:
+        return "more than one channel shuffle reorders its channels"
+    if any(len(set(sizes)) > 1 or len(places) != sum(sizes) for sizes, places in splits):
+        return "a split into unequal parts, or of a concatenation, reads its channels"
+    return None
 
 
 def _is_grouped(module: nn.Module) -> bool:
@@ -182,7 +199,9 @@ def _independent(
     prune = graph.get_pruner_of_module(root).prune_out_channels
     generator = torch.Generator().manual_seed(0)
     for _ in range(max(1, 32 // units) if units > 1 else 0):
-        half = [c for u in torch.randperm(units, generator=generator)[: units // 2].tolist() for c in together[u]]
+        half = [
+            c for u in torch.randperm(units, generator=generator)[: units // 2].tolist() for c in together[u]
+        ]
         found: dict[tuple[str, str], set[int]] = {}
         for item in graph.get_pruning_group(root, prune, sorted(half)).items:
             module = item.dep.target.module

@@ -7,7 +7,7 @@ twice or out of order, and guesses the widths of a concatenation from the layers
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
 
-SPLITS = frozenset({torch.split, torch.Tensor.split, torch.split_with_sizes, torch.Tensor.split_with_sizes})
+SPLITS: tuple[Any, ...] = (
+    torch.split,
+    torch.Tensor.split,
+    torch.split_with_sizes,
+    torch.Tensor.split_with_sizes,
+)
 FIXED = "se_prune fixed"
 
 
@@ -36,9 +41,9 @@ class Part:
         ]
 
 
-def map_joints(graph: Any) -> None:
+def map_joints(nodes: Iterable[Any]) -> None:
     """Put every concatenation and split along the channels on exact mappings."""
-    for node in graph.module2node.values():
+    for node in nodes:
         if node.type == ops.OPTYPE.CONCAT and _along_channels(node.grad_fn):
             _map_concat(node)
         elif node.type == ops.OPTYPE.SPLIT and _along_channels(node.grad_fn):
@@ -89,7 +94,8 @@ def _map_concat(node: Any) -> None:
     if len(sources) != len(node.inputs):
         return
     node.enable_index_mapping = False
-    bounds = _bounds([function._input_metadata[output].shape[1] for function, output in sources])
+    widths = [function._input_metadata[output].shape[1] for function, output in sources]
+    node.module.concat_sizes, bounds = widths, _bounds(widths)
     for source in dict.fromkeys(node.inputs):
         own = [bound for given, bound in zip(node.inputs, bounds, strict=True) if given is source]
         _set(source, node, own, slot=1, back=False)

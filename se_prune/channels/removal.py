@@ -70,7 +70,7 @@ def _width(module: nn.Module, role: Role) -> int:
     return size.in_channels if role == "in" else size.out_channels
 
 
-def _shrink(module: nn.Module, role: Role, gone: set[int], name: str) -> None:
+def _shrink(module: Any, role: Role, gone: set[int], name: str) -> None:
     """Take channels from one side of a layer, from both where it maps each to itself."""
     kept = torch.tensor([i for i in range(_width(module, role)) if i not in gone])
     if isinstance(module, NORM_TYPES):
@@ -101,7 +101,9 @@ def _keep_inputs(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, kept: torch.Tensor, 
     """Keep inputs of a convolution: each of its groups has its own among them, as many as any other."""
     places = _grouped(kept, module.in_channels, module.groups, name).to(module.weight.device)
     outputs = module.weight.chunk(module.groups)
-    weight = torch.cat([part.detach().index_select(1, own) for part, own in zip(outputs, places, strict=True)])
+    weight = torch.cat(
+        [part.detach().index_select(1, own) for part, own in zip(outputs, places, strict=True)]
+    )
     module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     module.in_channels = len(kept)
 

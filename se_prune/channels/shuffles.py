@@ -28,7 +28,9 @@ class Shuffle:
     def __call__(self, indices: Any) -> Any:
         """Map torch-pruning's pairs of an index and its root's."""
         rows, columns = (self.inner, self.outer) if self.back else (self.outer, self.inner)
-        return [_HybridIndex(idx=i.idx % columns * rows + i.idx // columns, root_idx=i.root_idx) for i in indices]
+        return [
+            _HybridIndex(idx=i.idx % columns * rows + i.idx // columns, root_idx=i.root_idx) for i in indices
+        ]
 
 
 def plain_views(graph: Any) -> None:
@@ -56,7 +58,9 @@ def map_shuffles(graph: Any) -> None:
 
 def shuffle_of(module: object) -> int | None:
     """Return the groups of the shuffle that a node of the graph is, None for any other."""
-    groups: int | None = getattr(module, "shuffle", None) if type(module).__name__ == "_ElementWiseOp" else None
+    groups: int | None = (
+        getattr(module, "shuffle", None) if type(module).__name__ == "_ElementWiseOp" else None
+    )
     return groups
 
 

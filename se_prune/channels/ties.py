@@ -86,7 +86,7 @@ def irregular(
 
 def _cancelling(first: Imbalance, stock: Mapping[Imbalance, int]) -> tuple[Imbalance, ...] | None:
     """Return the fewest rows, `first` among them, whose imbalances sum to 0 (breadth-first)."""
-    queue = collections.deque([(first, (first,))])
+    queue: collections.deque[tuple[Imbalance, tuple[Imbalance, ...]]] = collections.deque([(first, (first,))])
     seen = {first}
     while queue and len(seen) < MOST_SUMS:
         total, taken = queue.popleft()
@@ -100,5 +100,3 @@ def _cancelling(first: Imbalance, stock: Mapping[Imbalance, int]) -> tuple[Imbal
                 seen.add(further)
                 queue.append((further, (*taken, kind)))
     return None
-
-
