@@ -46,7 +46,7 @@ def _gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _free_mixers(module2node: Mapping[Any, Any]) -> None:
-    """Take convolutions of one channel out of every dependency: along the channels (ECA) they tie none of them.
+    """Take convolutions of one channel, along the channels (ECA), out of every dependency; mark their neighbours.
 
     torch-pruning takes the channels for features of that one, and follows them in ever longer lists.
     """
@@ -55,6 +55,8 @@ def _free_mixers(module2node: Mapping[Any, Any]) -> None:
     }
     for mixer in mixers:
         _plain_behind(mixer)
+        for neighbour in (*mixer.inputs, *mixer.outputs):
+            neighbour.module.mixed = True
     for node in module2node.values():
         node.dependencies = [] if node in mixers else [d for d in node.dependencies if d.target not in mixers]
 

@@ -61,7 +61,9 @@ class MarkSplits(TorchFunctionMode):
 
 
 def refusal(node: Any) -> str | None:
-    """Say why channels that a node reads cannot leave: it takes a part of fixed bounds of them."""
+    """Say why channels that a node reads cannot leave: by fixed bounds, or each mixed with others."""
+    if getattr(node.module, "mixed", False):
+        return "a gate's convolution along the channels mixes each with its neighbours"
     if node.type == ops.OPTYPE.SPLIT and _along_channels(node.grad_fn) and FIXED in node.grad_fn.metadata:
         return "a split into fixed widths reads its channels"
     if node.type == ops.OPTYPE.SLICE and _along_channels(node.grad_fn):
