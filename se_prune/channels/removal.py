@@ -93,8 +93,9 @@ def _shrink(module: Any, role: Role, gone: set[int], name: str) -> None:
         module.out_channels = len(kept)
     else:
         module.out_features = len(kept)
-    _keep(module, "weight", kept)
-    _keep(module, "bias", kept)
+    for own, tensor in list(module.named_parameters(recurse=False)):
+        if tensor.ndim:  # weights, biases, and gains of scaled convolutions
+            _keep(module, own, kept)
 
 
 def _keep_inputs(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, kept: torch.Tensor, name: str) -> None:
