@@ -111,7 +111,7 @@ def resize(module: nn.Module, size: Geometry) -> None:
         module.num_features = size.out_channels
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if tensor.ndim:
-            target = tensor.new_empty(shape if name == "weight" else (size.out_channels,))
+            target = tensor.new_empty(shape if name == "weight" else (size.out_channels, *tensor.shape[1:]))
             if isinstance(tensor, nn.Parameter):
                 setattr(module, name, nn.Parameter(target))
             else:

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from se_prune.errors import BudgetError, UsageError
 from se_prune.ledger import refusals, why_no_more
-from se_prune.problem import Problem, latency, pose, settled, totals
+from se_prune.problem import Problem, branches, latency, pose, settled, totals
 from se_prune.records import (
     Budget,
     ChannelGroup,
@@ -187,14 +187,13 @@ def _target(problem: Problem, budget: Budget, full: Sequence[int]) -> float:
     return fraction * _measure(problem, budget, full) + 1e-6
 
 
-def _units(values: Sequence[float], tied: int) -> list[float]:
-    """Return the mean score of the channels that leave together, per unit: unit u holds u, u + units, and so on."""
-    units = len(values) // tied
-    return [sum(values[u::units]) / tied for u in range(units)]
+def _units(values: Sequence[float], group: ChannelGroup) -> list[float]:
+    """Return the mean score of the channels that leave together, per unit."""
+    return [sum(values[channel] for channel in unit) / group.tied for unit in group.together]
 
 
 def _normalised(scores: Scores, group: ChannelGroup) -> list[float]:
-    values = _units(scores.groups[group.name], group.tied)
+    values = _units(scores.groups[group.name], group)
     if scores.comparable:
         return values
     mean = sum(values) / len(values)
@@ -286,6 +285,15 @@ def _fill(problem: Problem, budget: Budget, target: float, kept: list[int], scor
     return current
 
 
+def _order(coupling: Coupling, values: Sequence[float], min_channels: int) -> list[int]:
+    """Return units in the order in which they leave: the lowest first, the best few of every branch last."""
+    staying: set[int] = set()
+    for part in branches(coupling):
+        best = sorted(part, key=lambda u: (-values[u], -u))
+        staying.update(best[:min_channels])
+    return sorted(range(len(values)), key=lambda u: (u in staying, values[u], u))
+
+
 def _plan(
     problem: Problem,
     scores: Scores,
@@ -301,10 +309,11 @@ def _plan(
     plans = []
     for number, coupling in enumerate(problem.couplings):
         group = coupling.group
-        values = _units(scores.groups[group.name], group.tied)
-        order = sorted(range(len(values)), key=lambda u: (values[u], u))
+        values = _units(scores.groups[group.name], group)
+        order = _order(coupling, values, min_channels)
         gone = order[: (group.channels - widths[number]) // group.tied]
-        removed = tuple(sorted(i for u in gone for i in range(u, group.channels, len(values))))
+        together = group.together
+        removed = tuple(sorted(i for u in gone for i in together[u]))
         note = why_no_more(
             group,
             widths[number],

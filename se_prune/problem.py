@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from se_prune.records import ChannelGroup, Coupling, HiddenPolicy, LayerCost
+from se_prune.records import Coupling, HiddenPolicy, LayerCost
 from se_prune.timing import LatencyModel, LayerTimes
 
 #: A group keeps at least this share of its channels, whatever the scores say.
@@ -65,9 +65,7 @@ def pose(
     return Problem(
         couplings=chosen,
         layers=list(layers.values()),
-        options=[
-            _options(c.group, 1 if c.group.kind == "hidden" else round_to, min_channels) for c in chosen
-        ],
+        options=[_options(c, 1 if c.group.kind == "hidden" else round_to, min_channels) for c in chosen],
         leader=leader,
         hidden=hidden,
         times=None if times is None else LayerTimes.of(times, costs),
@@ -85,11 +83,26 @@ def _leader(coupling: Coupling, couplings: Sequence[Coupling]) -> int | None:
     return None
 
 
-def _options(group: ChannelGroup, round_to: int, min_channels: int) -> tuple[int, ...]:
+def _options(coupling: Coupling, round_to: int, min_channels: int) -> tuple[int, ...]:
+    group, together = coupling.group, coupling.group.together
     channels, tied = group.channels, group.tied
     floor = min(channels, max(min_channels, tied, math.ceil(channels * FLOOR_SHARE)))
+    parts = sum(min(min_channels, len(part)) for part in branches(coupling))
+    floor = max(floor, min(channels, tied * parts), channels - tied * len(together))
     inner = [k for k in range(channels - tied, floor - 1, -tied) if k % round_to == 0]
     return (channels, *inner)
+
+
+def branches(coupling: Coupling) -> list[frozenset[int]]:
+    """Return the units of each layer that has a part of the group's channels alone (a branch of a concatenation)."""
+    unit_of = {c: number for number, unit in enumerate(coupling.group.together) for c in unit}
+    every = len(coupling.group.together)
+    found = {
+        frozenset(unit_of[c] for c in piece.root if c in unit_of)
+        for piece in coupling.slices
+        if len(set(piece.root)) < coupling.group.channels
+    }
+    return sorted((part for part in found if 0 < len(part) < every), key=sorted)
 
 
 def settled(problem: Problem, kept: Sequence[int]) -> list[int]:

@@ -124,7 +124,8 @@ class ChannelGroup:
 
     `site` is the gate site that scales a gated group or owns a hidden one. `reason` says why a group
     cannot be cut (`prunable` False). Where `tied` > 1, channel i leaves together with i + channels / tied,
-    i + 2 · channels / tied, …: grouped convolutions keep as many channels in each of their groups.
+    i + 2 · channels / tied, …: grouped convolutions keep as many channels in each of their groups. `units`, where
+    there are any, are the only channels that can leave, `tied` at a time, in place of that rule.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -136,6 +137,13 @@ class ChannelGroup:
     prunable: bool = True
     reason: str | None = None
     tied: int = 1
+    units: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def together(self) -> tuple[tuple[int, ...], ...]:
+        """The channels that leave together, per unit of `tied` channels."""
+        every = self.channels // self.tied
+        return self.units or tuple(tuple(range(u, self.channels, every)) for u in range(every))
 
 
 @record

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from reports.bench.common import FOLDER, append_row, markdown_table, read_rows, 
 ROWS = FOLDER / "surgery.jsonl"
 SPARSITIES = (0.3, 0.6)
 SECONDS = 400
+#: torch-pruning alone follows some networks without end (ECA gates between views); it is given up sooner.
+PLAIN_SECONDS = 120
 NETWORKS = (
     *(f"zoo:{n}" for n in ("se_resnet20", "se_mobilenet_x025", "se_resnext29_8x4d", "se_resnet50", "se_shufflenet_g3")),
     *(f"zoo:{n}" for n in ("se_bn_inception", "se_resnext50_32x4d", "moskomule_se_resnet18", "se_resnet50_pre")),
@@ -119,7 +122,8 @@ def _ours(network: Any, sparsity: float) -> dict[str, Any]:
         artifact.save(path, applied.network)
         again = artifact.load(path)
         with torch.no_grad():
-            same = torch.equal(again.module(images), applied.network.module(images))
+            logits = applied.network.module(images)
+            same = torch.equal(again.module(images), logits)
         exported = export(again, "onnx", Path(folder) / "cut.onnx", images)
     return {
         "ours": "cut",
@@ -129,6 +133,7 @@ def _ours(network: Any, sparsity: float) -> dict[str, Any]:
         "twin": applied.max_abs_diff_masked,
         "artifact_exact": same,
         "onnx": exported.max_abs_diff,
+        "logits": float(logits.abs().max()),
     }
 
 
@@ -141,11 +146,15 @@ def _plain(network: Any, sparsity: float) -> str:
     model, preprocessing = network.module.eval(), network.header.preprocessing
     example = example_input(preprocessing)
     before = count_cost(model, preprocessing, find_sites(model, example)).macs
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.alarm(PLAIN_SECONDS)
     try:
         plain_cut(model, example, sparsity)
         after = count_cost(model, preprocessing, find_sites(model, example)).macs
     except Exception as error:  # noqa: BLE001 - whatever it or the network it leaves behind raises is the result
         return f"{type(error).__name__}: {str(error)[:100]}"
+    finally:
+        signal.alarm(0)
     return f"runs, {100 * after / before:.0f} % of the MACs"
 
 
@@ -171,18 +180,27 @@ def plain_cut(model: Any, example: Any, ratio: float, round_to: int | None = Non
         model(example)
 
 
+def _give_up(*_: object) -> None:
+    raise TimeoutError(f"not finished after {PLAIN_SECONDS} s")
+
+
 def report() -> None:
     """Write `reports/surgery.md` from the rows that are there."""
     rows = read_rows(ROWS)
     cut = [r for r in rows if r["ours"] == "cut"]
-    good = [r for r in cut if r["artifact_exact"] and r["onnx"] < 1e-3]
+    good = [
+        r
+        for r in cut
+        if r["artifact_exact"] and r["onnx"] < 1e-3 * _scale(r) and r["twin"] < 1e-9 * _scale(r)
+    ]
     whole = {r["network"] for r in rows} - {r["network"] for r in rows if r not in good}
     plain = {r["network"] for r in rows} - {r["network"] for r in rows if not r["plain"].startswith("runs")}
     body = "# Surgery\n\n"
     body += (
         "Random weights, BN statistics of random images. Ours: share of the channels of all groups that can be cut, by "
-        "L2 norm; the cut network equals its masked twin in float64 (largest difference of the logits), the artifact "
-        "opens with equal outputs bit for bit, the ONNX file equals torch (largest difference, onnxruntime). "
+        "L2 norm; the cut network equals its masked twin in float64 (largest difference of the logits, within 1e-9 of "
+        "the largest logit, which random weights make large in some), the artifact opens with equal outputs bit for "
+        "bit, the ONNX file equals torch (largest difference, onnxruntime, within 1e-3 of the largest logit). "
         "torch-pruning: `MagnitudePruner`, the same ratio in every layer, the classifier ignored; it runs or does not, "
         "nothing more is checked.\n\n"
         f"Of {len({r['network'] for r in rows})} networks ours handles {len(whole)} at both sparsities, plain "
@@ -200,9 +218,9 @@ def report() -> None:
                 name,
                 share,
                 f"{100 * row['macs']:.0f} % of the MACs",
-                f"{row['twin']:.0e}",
+                f"{row['twin'] / _scale(row):.0e}",
                 "exact" if row["artifact_exact"] else "differs",
-                f"{row['onnx']:.0e}",
+                f"{row['onnx'] / _scale(row):.0e}",
                 kept or "none",
                 row["plain"],
             ]
@@ -210,6 +228,11 @@ def report() -> None:
     head = ["network", "sparsity", "ours", "twin", "artifact", "ONNX", "groups that stay, beside the head"]
     body += markdown_table([*head, "torch-pruning"], table)
     write_report("surgery", "python -m reports.bench surgery", body, rows)
+
+
+def _scale(row: dict[str, Any]) -> float:
+    """Return what differences are relative to: the largest logit, or 1 where that is less."""
+    return max(1.0, float(row["logits"]))
 
 
 if __name__ == "__main__":

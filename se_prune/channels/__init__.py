@@ -5,7 +5,10 @@ plain `Coupling` records; its Hessian importance keeps only the last gradient (`
 dictionary of parameters), so squared gradients are summed here; importances that know nothing of a group return
 None, where the group's L2 norm stands in; importances of a group of zeros are 0/0, where 0 stands in; groups in which
 one channel takes another along (a map concatenated with a function of itself) are not told apart, so a probe does;
-it follows a sum with a part of another map without end, so that its groups are bounded.
+it follows some sums and shuffles of parts of maps without end, so that its groups are bounded; it takes the n-th reader
+of a split for the reader of its n-th part and guesses widths (`joints`), takes channel shuffles for elementwise
+(`shuffles`), a gate's convolution along the channels for one of a single channel, and numbers the parts of a
+concatenation anew after every cut, so that all channels leave at once, by `removal`.
 """
 
 from se_prune.channels.groups import couplings

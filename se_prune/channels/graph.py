@@ -10,9 +10,13 @@ from typing import Any, Literal
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning import ops
+from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
 from se_prune.artifact import CONV_TYPES, NORM_TYPES
+from se_prune.channels.joints import MarkSplits, map_joints
+from se_prune.channels.shuffles import map_shuffles, plain_views
 from se_prune.errors import SurgeryError
 from se_prune.records import GateSite
 
@@ -41,6 +45,54 @@ def _gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _free_mixers(module2node: Mapping[Any, Any]) -> None:
+    """Take convolutions of one channel, along the channels (ECA), out of every dependency; mark their neighbours.
+
+    torch-pruning takes the channels for features of that one, and follows them in ever longer lists.
+    """
+    mixers = {
+        node for module, node in module2node.items() if isinstance(module, nn.Conv1d) and _is_mixer(module)
+    }
+    for mixer in mixers:
+        _plain_behind(mixer)
+        for neighbour in (*mixer.inputs, *mixer.outputs):
+            neighbour.module.mixed = True
+    for node in module2node.values():
+        node.dependencies = [] if node in mixers else [d for d in node.dependencies if d.target not in mixers]
+
+
+def _plain_behind(node: Any) -> None:
+    """Let the first views behind a node pass for elementwise: what they lay out anew are channels already."""
+    for following in node.outputs:
+        if following.type == ops.OPTYPE.RESHAPE:
+            following.type = ops.OPTYPE.ELEMENTWISE
+        elif following.type == ops.OPTYPE.ELEMENTWISE and "Mul" not in following.grad_fn.name():
+            _plain_behind(following)
+
+
+def _is_mixer(module: nn.Conv1d) -> bool:
+    return module.in_channels == module.out_channels == 1
+
+
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """torch-pruning's graph, with views that are no flattenings made known before it looks at shapes; mapped once."""
+
+    def _build_dependency(self, module2node: Any) -> None:
+        super()._build_dependency(module2node)
+        plain_views(self)
+        map_joints(module2node.values())
+        _free_mixers(module2node)
+
+    def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Sequence[int]) -> Any:
+        """Return a group by the mappings that the graph has; torch-pruning would guess them anew every time."""
+        update = index_mapping.update_index_mapping
+        index_mapping.update_index_mapping = lambda _: None
+        try:
+            return super().get_pruning_group(module, pruning_fn, idxs)
+        finally:
+            index_mapping.update_index_mapping = update
+
+
 def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
     """Return torch-pruning's dependency graph.
 
@@ -48,8 +100,10 @@ def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
         SurgeryError: torch-pruning cannot trace the network.
     """
     try:
-        with _gradients(model):
-            return tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+        with _gradients(model), MarkSplits():
+            graph = _Graph().build_dependency(model, example_inputs=example, verbose=False)
+            map_shuffles(graph)
+            return graph
     except Exception as error:
         raise SurgeryError(
             f"torch-pruning cannot trace this network ({type(error).__name__}: {str(error)[:200]}); "

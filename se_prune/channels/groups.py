@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import copy
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from se_prune.artifact import CONV_TYPES
+from se_prune.artifact import CONV_TYPES, geometry
 from se_prune.channels.graph import OUT_FNS, build_graph, expands, found_groups, role_of
+from se_prune.channels.joints import refusal, split_sizes
+from se_prune.channels.shuffles import shuffle_of
+from se_prune.channels.ties import Sharing, irregular, regular
 from se_prune.gates.shuffles import shuffled_layers
 from se_prune.gates.trace import trace
 from se_prune.records import ChannelGroup, Coupling, GateSite, GroupKind, LayerSlice
@@ -66,11 +70,22 @@ def _coupling(
     slices: list[LayerSlice] = []
     reasons: list[str] = []
     modules: dict[str, nn.Module] = {}
+    shuffles: list[tuple[int, dict[int, int]]] = []
+    splits: list[tuple[tuple[int, ...], dict[int, int]]] = []
     for item in group.items:
         module, handler = item.dep.target.module, item.dep.handler
         if isinstance(module, nn.Parameter):
             reasons.append("a bare parameter depends on it")
             continue
+        places = {int(i): -1 if r is None else int(r) for i, r in zip(item.idxs, item.root_idxs, strict=True)}
+        groups = shuffle_of(module)
+        if groups is not None:
+            shuffles.append((groups, places))
+        sizes, reason = split_sizes(item.dep.target), refusal(item.dep.target)
+        if sizes is not None:
+            splits.append((sizes, places))
+        if reason is not None:
+            reasons.append(reason)
         if module not in names:
             continue
         role = role_of(module, handler)
@@ -79,55 +94,115 @@ def _coupling(
                 reasons.append(f"{names[module]} is a {type(module).__name__}")
             continue
         modules[names[module]] = module
-        root = [-1 if r is None else int(r) for r in item.root_idxs]
+        index = tuple(sorted(places))
         slices.append(
-            LayerSlice(layer=names[module], role=role, index=tuple(map(int, item.idxs)), root=tuple(root))
+            LayerSlice(layer=names[module], role=role, index=index, root=tuple(places[i] for i in index))
         )
-    if any(piece.role == "out" and piece.layer in shuffled for piece in slices):
+    if not shuffles and any(piece.role == "out" and piece.layer in shuffled for piece in slices):
         reasons.append("a channel shuffle reorders its channels")
     channels = len(group[0].idxs)
-    tied = _tied(channels, slices, modules)
-    reasons += _refusals(slices, modules, channels, tied)
-    if not reasons and not _independent(graph, group, names, slices, tied):
-        reasons.append("some of its channels take others along")
+    reasons += ["it has one channel"] if channels == 1 else []
+    reasons += _refusals(slices, modules)
+    tied: int = 1
+    units: tuple[tuple[int, ...], ...] = ()
+    if not reasons:
+        tied, units, reason = _leaving(channels, slices, modules, shuffles, splits)
+        reasons += [reason] if reason else []
     info = ChannelGroup(
         name=names[group[0].dep.target.module],
         kind=_kind(slices, sites),
         channels=channels,
         members=tuple(dict.fromkeys(s.layer for s in slices)),
         site=_site_of(slices, sites),
-        prunable=not reasons,
-        reason=reasons[0] if reasons else None,
         tied=tied,
+        units=units,
     )
+    if not reasons and not _independent(graph, group, names, slices, info.together):
+        reasons.append("some of its channels take others along")
+    if reasons:
+        info = dataclasses.replace(info, prunable=False, reason=reasons[0])
     return Coupling(group=info, slices=tuple(slices))
 
 
-def _tied(channels: int, slices: Sequence[LayerSlice], modules: Mapping[str, nn.Module]) -> int:
-    """Return how many channels leave together: a grouped convolution must lose as many of each of its groups."""
-    units = channels
+def _leaving(
+    channels: int,
+    slices: Sequence[LayerSlice],
+    modules: Mapping[str, nn.Module],
+    shuffles: Sequence[tuple[int, Mapping[int, int]]],
+    splits: Sequence[tuple[tuple[int, ...], Mapping[int, int]]],
+) -> tuple[int, tuple[tuple[int, ...], ...], str | None]:
+    """Return how many channels leave together, the units where they are irregular, and why nothing can leave."""
+    reason = _unfollowed(channels, shuffles, splits)
+    if reason is not None:
+        return 1, (), reason
+    rows = [
+        [places[p] for p in range(start, start + groups)]
+        for groups, places in shuffles
+        for start in range(0, channels, groups)
+    ]
+    sharings = [
+        Sharing(groups=len(sizes), group_of={root: i // sizes[0] for i, root in places.items()})
+        for sizes, places in splits
+    ]
+    narrow = []
     for piece in slices:
         module = modules[piece.layer]
-        if piece.role != "channelwise" and isinstance(module, CONV_TYPES) and module.groups > 1:
-            units = math.gcd(units, len(piece.index) // module.groups)
-    return channels // units
+        if isinstance(module, CONV_TYPES) and module.groups > 1 and piece.role != "channelwise":
+            width = len(piece.index) // module.groups
+            group_of = {root: i // width for i, root in zip(piece.index, piece.root, strict=True)}
+            sharings.append(Sharing(groups=module.groups, group_of=group_of))
+            narrow += [piece.layer] if module.groups == channels else []
+    tied = regular(channels, sharings, rows)
+    if tied is not None and (not rows or tied <= max(len(r) for r in rows) ** 2):
+        return tied, (), None
+    units = irregular(channels, sharings, rows)
+    if units and len(units[0]) < channels:
+        return len(units[0]), units, None
+    if narrow:
+        return 1, (), f"the groups of {narrow[0]} have one channel each"
+    return 1, (), "no part of its channels leaves grouped convolutions and channel shuffles equal shares"
+
+
+def _unfollowed(
+    channels: int,
+    shuffles: Sequence[tuple[int, Mapping[int, int]]],
+    splits: Sequence[tuple[tuple[int, ...], Mapping[int, int]]],
+) -> str | None:
+    """Say why shuffles and splits of a group's channels cannot be followed."""
+    every = list(range(channels))
+    if any(sorted(places) != every or sorted(places.values()) != every for _, places in shuffles):
+        return "a channel shuffle reorders its channels among others"
+    if len(shuffles) > 1:
+        return "more than one channel shuffle reorders its channels"
+    if any(len(set(sizes)) > 1 or len(places) != sum(sizes) for sizes, places in splits):
+        return "a split into unequal parts, or of a concatenation, reads its channels"
+    return None
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    return isinstance(module, CONV_TYPES) and module.groups > 1
 
 
 def _independent(
-    graph: Any, group: Any, names: Mapping[nn.Module, str], slices: Sequence[LayerSlice], tied: int
+    graph: Any,
+    group: Any,
+    names: Mapping[nn.Module, str],
+    slices: Sequence[LayerSlice],
+    together: Sequence[Sequence[int]],
 ) -> bool:
     """Say whether random halves of the channels touch exactly what the slices say of them.
 
     Where each channel takes another along, one half of n channels shows none of it with a chance of 2^(-n/2);
     few channels are therefore halved more often. What is missed here, `verify` refuses. Of channels that leave
-    together (`tied`), all or none are taken.
+    together, all or none are taken.
     """
-    root, channels = group[0].dep.target.module, len(group[0].idxs) // tied
+    root, units = group[0].dep.target.module, len(together)
     prune = graph.get_pruner_of_module(root).prune_out_channels
     generator = torch.Generator().manual_seed(0)
-    for _ in range(max(1, 32 // channels) if channels > 1 else 0):
-        units = torch.randperm(channels, generator=generator)[: channels // 2].tolist()
-        half = [u + channels * i for u in units for i in range(tied)]
+    for _ in range(max(1, 32 // units) if units > 1 else 0):
+        half = [
+            c for u in torch.randperm(units, generator=generator)[: units // 2].tolist() for c in together[u]
+        ]
         found: dict[tuple[str, str], set[int]] = {}
         for item in graph.get_pruning_group(root, prune, sorted(half)).items:
             module = item.dep.target.module
@@ -149,23 +224,46 @@ def _touched(slices: Sequence[LayerSlice], roots: Collection[int]) -> dict[tuple
     return result
 
 
-def _refusals(
-    slices: Sequence[LayerSlice], modules: Mapping[str, nn.Module], channels: int, tied: int
-) -> list[str]:
+def _refusals(slices: Sequence[LayerSlice], modules: Mapping[str, nn.Module]) -> list[str]:
     reasons = []
     if not any(s.role == "in" for s in slices):
         reasons.append("output layer")
     for piece in slices:
         module = modules[piece.layer]
-        if isinstance(module, CONV_TYPES) and module.groups > 1 and piece.role != "channelwise":
-            width = module.in_channels if piece.role == "in" else module.out_channels
-            if piece.index != piece.root or len(piece.index) != width:
-                reasons.append(f"{piece.layer} is a grouped convolution of a concatenation")
-            elif tied == channels:
-                reasons.append(f"the groups of {piece.layer} have one channel each")
+        width = _width(module, piece.role)
+        if piece.index and not 0 <= piece.index[0] <= piece.index[-1] < width:
+            reasons.append(f"torch-pruning numbers the channels of {piece.layer} wrongly")
+        elif _is_grouped(module) and piece.role != "channelwise" and len(piece.index) != width:
+            reasons.append(f"{piece.layer} is a grouped convolution of a concatenation")
+        if piece.role == "in" and _mixes_inputs(module):
+            reasons.append(f"{piece.layer} computes its weights from all its inputs together")
         if -1 in piece.root:
             reasons.append(f"the channels of {piece.layer} do not map one to one")
     return reasons
+
+
+@torch.no_grad()
+def _mixes_inputs(module: nn.Module) -> bool:
+    """Say whether a convolution without an input's weights differs from one that reads zeros there.
+
+    Weight standardisation (NF-nets) makes it so: a weight depends on the others.
+    """
+    plain = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    if not isinstance(module, CONV_TYPES) or type(module).forward in plain:
+        return False
+    without = copy.deepcopy(module).eval()
+    without.weight[:, 0] = 0
+    size = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    images = torch.ones(1, module.in_channels, *size).to(module.weight)
+    zeroed = images.clone()
+    zeroed[:, :: module.in_channels // module.groups] = 0
+    return not torch.allclose(without(images), copy.deepcopy(module).eval()(zeroed), rtol=1e-3, atol=1e-5)
+
+
+def _width(module: nn.Module, role: str) -> int:
+    size = geometry(module)
+    assert size is not None
+    return size.in_channels if role == "in" else size.out_channels
 
 
 def _kind(slices: Sequence[LayerSlice], sites: Sequence[GateSite]) -> GroupKind:

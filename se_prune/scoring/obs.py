@@ -105,7 +105,8 @@ def _scores(coupling: Coupling, signal: Signal, grams: dict[str, torch.Tensor]) 
     by_channel = torch.zeros(count, dtype=torch.float64)
     consumers: list[_Consumer] = []
     for piece in signal.consumers(coupling):
-        if coupling.group.kind != "hidden" and piece.layer in grams and _is_even(piece, count):
+        regular = coupling.group.kind != "hidden" and not coupling.group.units
+        if regular and piece.layer in grams and _is_even(piece, count):
             consumers.extend(_consumers(piece, count // tied, signal, grams[piece.layer]))
         else:
             add_energy(by_channel, piece, signal)

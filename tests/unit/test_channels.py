@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import nn
-from torch_pruning.dependency.group import Group
 
 from se_prune.channels import IMPORTANCES, couplings, importance, remove
 from se_prune.errors import SurgeryError
@@ -191,11 +190,186 @@ class Shuffled(nn.Module):
         return self.fc(self.b(x).mean((2, 3)))
 
 
-def test_a_channel_shuffle_is_refused():
-    found = groups_of(Shuffled(shuffle=True))
-    assert found["a"].group.reason == "a channel shuffle reorders its channels"
+def test_channels_behind_a_shuffle_leave_by_its_rows():
+    model = Shuffled(shuffle=True).eval()
+    found = groups_of(model)
+    assert found["a"].group.together == ((0, 3), (1, 4), (2, 5))
+    assert {p.layer: (p.index, p.root) for p in found["a"].slices}["b"] == (
+        tuple(range(6)),
+        (0, 3, 1, 4, 2, 5),
+    )
+    plan = planned(found, "a", (1, 4))
+    result = cut(model, IMAGES, plan)
+    assert torch.equal(result.b.weight, model.b.weight[:, [0, 1, 4, 5]])
+    assert verify(model, result, tuple(found.values()), plan, IMAGES) <= 1e-9
+    assert groups_of(Shuffled(shuffle=False))["a"].group.together == tuple((i,) for i in range(6))
+
+
+SPELLINGS = {
+    "transpose": lambda x, n, c, h, w: x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w),
+    "negative": lambda x, n, c, h, w: x.reshape(n, 3, c // 3, h, w).transpose(-4, -3).flatten(1, 2),
+    "permute": lambda x, n, c, h, w: (
+        x.view(n, 3, c // 3, h, w).permute(0, 2, 1, 3, 4).contiguous().view(n, c, h, w)
+    ),
+    "torch": lambda x, n, c, h, w: nn.functional.channel_shuffle(x, 3),
+}
+
+
+class Unit(nn.Module):
+    """A ShuffleNet unit's branch: grouped 1×1, shuffle, depthwise, grouped 1×1, between plain convolutions."""
+
+    def __init__(self, width, spelling):
+        super().__init__()
+        self.spelling = SPELLINGS[spelling]
+        self.stem, self.a = nn.Conv2d(3, 6, 1), nn.Conv2d(6, width, 1, groups=3)
+        self.bn, self.dw = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.b, self.fc = nn.Conv2d(width, 9, 1, groups=3), nn.Linear(9, 2)
+
+    def forward(self, x):
+        x = self.bn(self.a(self.stem(x))).relu()
+        return self.fc(self.b(self.dw(self.spelling(x, *x.shape))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("width", "spelling", "units", "size"),
+    [
+        (18, "transpose", 2, 9),
+        (60, "transpose", 6, 9),
+        (24, "negative", 2, 9),
+        (60, "permute", 6, 9),
+        (60, "torch", 6, 9),
+        (9, "transpose", None, None),
+    ],
+)
+def test_a_shuffle_between_grouped_convolutions_leaves_equal_shares(width, spelling, units, size):
+    model = Unit(width, spelling).eval()
+    found = groups_of(model)
+    group = found["a"].group
+    if units is None:
+        assert not group.prunable
+        assert "equal shares" in group.reason
+        return
+    assert (len(group.together), group.tied, group.prunable) == (units, size, True)
+    assert sum(map(len, group.together)) == len({c for unit in group.together for c in unit}) == units * size
+    gone = tuple(sorted(c for unit in group.together[1:] for c in unit))
+    plan = planned(found, "a", gone)
+    result = cut(model, IMAGES, plan)
+    assert result.dw.groups == result.b.in_channels == width - len(gone)
+    assert verify(model, result, tuple(found.values()), plan, IMAGES) <= 1e-9
+    assert difference(model, result, IMAGES) > 1e-6
+    with pytest.raises(SurgeryError, match="must lose equally many; plan it again"):
+        cut(model, IMAGES, planned(found, "a", (0,)))
+
+
+class Halves(nn.Module):
+    """ShuffleNet v2: half of a map passes by, the other is convolved; both are shuffled."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 16, 1), nn.Linear(16, 2)
+        self.first, self.second = (nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(units)) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for first, second in zip(self.first, self.second, strict=True):
+            kept, changed = x.chunk(2, 1)
+            x = torch.cat([kept, second(first(changed).relu())], 1)
+            n, c, h, w = x.shape
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("units", [1, 2, 8])
+def test_the_middle_of_a_unit_is_cut_where_its_stream_is_refused(units):
+    model = Halves(units).eval()
+    found = groups_of(model)
+    middles = {f"first.{i}" for i in range(units)}
+    assert {name for name, c in found.items() if c.group.prunable} == middles
+    assert {"shuffle" in c.group.reason or "without end" in c.group.reason for n, c in found.items()
+            if n not in middles | {"fc"}} == {True}  # fmt: skip
+    plan = planned(found, "first.0", (1, 2, 6))
+    assert verify(model, cut(model, IMAGES, plan), tuple(found.values()), plan, IMAGES) <= 1e-9
+
+
+class Split(nn.Module):
+    """A part of a map that two layers read, the other beside their sum (cross-stage networks)."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.split = split
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 4, 1)
+        self.out, self.fc = nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x):
+        first, second = self.split(self.a(x))
+        return self.fc(self.out(torch.cat([self.c(self.b(second).relu()) + second, first], 1)).mean((2, 3)))
+
+
+def test_parts_of_a_split_lose_equally_many_channels():
+    model = Split(lambda x: x.chunk(2, 1)).eval()
+    found = groups_of(model)
+    group = found["a"].group
+    assert (group.prunable, group.together) == (True, ((0, 4), (1, 5), (2, 6), (3, 7)))
+    plan = planned(found, "a", (0, 2, 4, 6))
+    result = cut(model, IMAGES, plan)
+    assert (result.b.in_channels, result.c.out_channels, result.out.in_channels) == (2, 2, 4)
+    assert verify(model, result, tuple(found.values()), plan, IMAGES) <= 1e-9
+
+
+@pytest.mark.parametrize("split", [lambda x: x.split(4, 1), lambda x: torch.split(x, [4, 4], 1)])
+def test_a_split_into_fixed_widths_is_refused(split):
+    found = groups_of(Split(split))
+    assert found["a"].group.reason == "a split into fixed widths reads its channels"
     assert found["b"].group.prunable
-    assert groups_of(Shuffled(shuffle=False))["a"].group.prunable
+
+
+@pytest.mark.parametrize("gates", [1, 3])
+def test_channels_that_a_gate_mixes_with_their_neighbours_are_refused(gates):
+    class Along(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 6, 1)
+            self.mix = nn.ModuleList(nn.Conv1d(1, 1, 3, padding=1, bias=False) for _ in range(gates))
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.a(x)
+            for mix in self.mix:
+                gate = mix(x.mean((2, 3)).view(len(x), 1, -1)).sigmoid().view(len(x), -1, 1, 1)
+                x = self.c(self.b(x).relu()) + x * gate.expand_as(x)
+            return self.fc(x.mean((2, 3)))
+
+    model = Along().eval()
+    found = groups_of(model)
+    assert found["a"].group.reason == "a gate's convolution along the channels mixes each with its neighbours"
+    assert [name for name, c in found.items() if c.group.prunable] == ["b"]
+    plan = planned(found, "b", (1, 3))
+    assert verify(model, cut(model, IMAGES, plan), tuple(found.values()), plan, IMAGES) <= 1e-9
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose rows are standardised over their inputs, or only scaled."""
+
+    def __init__(self, *sizes, center):
+        super().__init__(*sizes)
+        self.center, self.gain = center, nn.Parameter(torch.rand(sizes[1], 1, 1, 1))
+
+    def forward(self, x):
+        mean = self.weight.mean((1, 2, 3), keepdim=True) if self.center else 0.0
+        return self._conv_forward(x, self.gain * (self.weight - mean), self.bias)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_convolutions_that_mix_the_weights_of_their_inputs_are_refused(center):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Standardised(4, 5, 1, center=center), nn.Conv2d(5, 2, 8)).eval()
+    found = groups_of(model)
+    reason = "1 computes its weights from all its inputs together" if center else None
+    assert found["0"].group.reason == reason
+    assert found["1"].group.prunable
+    plan = planned(found, "1", (1, 2))
+    result = cut(model, IMAGES, plan)
+    assert result[1].gain.shape == (3, 1, 1, 1)
+    assert verify(model, result, tuple(found.values()), plan, IMAGES) <= 1e-9
 
 
 class Partly(nn.Module):
@@ -216,18 +390,13 @@ class Partly(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_channels_that_torch_pruning_follows_without_end_are_refused_alone():
-    before = Group.add_dep
+def test_channels_that_a_slice_of_fixed_bounds_reads_are_refused_alone():
     found = groups_of(Partly(5))
-    assert Group.add_dep is before
-    stuck = [
-        c.group for c in found.values() if c.group.reason == "torch-pruning follows its channels without end"
-    ]
-    assert {g.name for g in stuck} == {f"outer.{i}" for i in range(5)}
+    assert {c.group.reason for n, c in found.items() if n.startswith("outer")} == {
+        "a slice of fixed bounds reads its channels"
+    }
     assert {name for name, c in found.items() if c.group.prunable} == {f"inner.{i}" for i in range(5)}
     assert found["inner.2"].layers("in") == ("outer.2",)
-    short = groups_of(Partly(1))  # the control: it ends, and is refused for what it is
-    assert short["outer.0"].group.reason == "some of its channels take others along"
 
 
 def test_bare_parameters_are_refused():

@@ -313,3 +313,46 @@ def test_the_same_input_gives_the_same_plan():
     first, second = (random_plan(built("zoo:se_resnet20"), "macs", 0.5, seed=2) for _ in range(2))
     assert first == second
     assert first != random_plan(built("zoo:se_resnet20"), "macs", 0.5, seed=4)
+
+
+def branches(*widths):
+    """A concatenation of 1×1 layers b0, b1, ... that one layer reads, as one group."""
+    total = sum(widths)
+    every = tuple(range(total))
+    costs = {f"b{i}": layer(3, width) for i, width in enumerate(widths)} | {"l1": layer(total, 2)}
+    slices = [LayerSlice(layer="l1", role="in", index=every, root=every)]
+    for i, (start, width) in enumerate(zip(itertools.accumulate((0, *widths)), widths, strict=False)):
+        slices.append(
+            LayerSlice(
+                layer=f"b{i}", role="out", index=tuple(range(width)), root=tuple(range(start, start + width))
+            )
+        )
+    group = ChannelGroup(name="l0", kind="stream", channels=total, members=tuple(costs))
+    return (Coupling(group=group, slices=tuple(slices)),), costs
+
+
+@pytest.mark.parametrize(("least", "stay"), [(1, {3, 7}), (2, {2, 3, 6, 7})])
+def test_every_branch_of_a_concatenation_keeps_its_best_channels(least, stay):
+    found, costs = branches(4, 12)
+    low_first = (1, 2, 3, 4, *range(10, 22))
+    got = plan(found, costs, scores(low_first), value=0.75, min_channels=least)
+    kept = set(range(16)) - set(got.groups[0].removed)
+    assert len(kept) == 4
+    assert {c for c in kept if c < 4} == {c for c in stay if c < 4}
+    whole = (replace(found[0], slices=found[0].slices[:1]),)  # the control: no branches, the best four stay
+    assert set(range(16)) - set(plan(whole, costs, scores(low_first), value=0.75).groups[0].removed) == {
+        12,
+        13,
+        14,
+        15,
+    }
+
+
+def test_only_units_leave_and_further_channels_stay():
+    found, costs = chain(10)
+    units = ((0, 5, 7), (1, 6, 8))
+    found = (replace(found[0], group=replace(found[0].group, tied=3, units=units)),)
+    got = plan(found, costs, scores((5, 1, 0, 0, 0, 5, 1, 5, 1, 0)), value=0.3)
+    assert got.groups[0].removed == (1, 6, 8)
+    with pytest.raises(BudgetError, match=r"at most 0\.6 is reachable"):
+        plan(found, costs, scores(range(10)), value=0.7)
