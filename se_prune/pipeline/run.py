@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from se_prune import __version__, artifact
+from se_prune import __version__, artifact, distributed
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of
@@ -21,7 +21,7 @@ from se_prune.device import choose_device, processor
 from se_prune.errors import UsageError
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target
-from se_prune.files import make_folder, write_text
+from se_prune.files import make_folder, require_shared, write_text
 from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import profile, summarise
@@ -71,7 +71,8 @@ def run_recipe(
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
 
-    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact.
+    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact. Of several
+    processes the main one alone writes, exports and times.
 
     Analysis, scores, repair, fine-tuning and the parity check of exports see training images; test images are
     read by `evaluate` alone.
@@ -104,6 +105,7 @@ def run_recipe(
         costs = layer_costs(dense.module, found.cost.per_layer)
         check_budget(found.couplings, costs, budget, **widths, hidden=recipe.apply.hidden)
     make_folder(folder)
+    require_shared(folder)
     progress = Progress(folder, recipe, dense, data, resume=resume)
 
     def evaluated(stage: str, network: Network, seconds: float) -> Evaluation:
@@ -147,38 +149,54 @@ def run_recipe(
     if recipe.finetune is not None:
         network = _finetuned(network, dense, data, folder, progress, recipe=recipe, device=target, show=show)
         last = evaluated("fine-tuned", network, trained_seconds(progress.folder))
-    files = {"artifact": folder / "pruned.safetensors"}
-    artifact.save(files["artifact"], network)
-    artifact.save(folder / "dense.safetensors", dense)
-    exported = _exports(network, recipe, folder, data, show)
-    run = Run(
-        name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
-        command=command,
-        arch=shown(dense.header.arch),
-        data=data.name,
-        classes=data.classes,
-        seed=recipe.seed,
-        environment=environment(target),
-        plan=cut.plan,
-        cost_before=found.cost,
-        cost_after=cut.after,
-        bytes_before=bytes_of(folder / "dense.safetensors"),
-        bytes_after=bytes_of(files["artifact"]),
-        max_abs_diff_masked=cut.max_abs_diff_masked,
-        stages=progress.record.stages,
-        paired=paired(first, last, data.test),
-        latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
-        sites=() if gates is None else summarise(gates),
-        profiles=() if gates is None else tuple(profile(gates, site.name) for site in gates.sites[:PROFILES]),
-        exported=exported,
-    )
-    files["run"] = folder / "run.json"
-    write_text(files["run"], to_json(run, indent=1))
-    page, markdown, _ = write_report([run], folder / "report.html")
-    files |= {"report": page, "markdown": markdown}
-    files |= {item.target: Path(item.output) for item in exported}
-    progress.finish()
-    return RunOutcome(run=run, network=network, files=files)
+    paired_test = paired(first, last, data.test)
+
+    def concluded() -> Run:
+        artifact.save(folder / "pruned.safetensors", network)
+        artifact.save(folder / "dense.safetensors", dense)
+        run = Run(
+            name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
+            command=command,
+            arch=shown(dense.header.arch),
+            data=data.name,
+            classes=data.classes,
+            seed=recipe.seed,
+            environment=environment(target),
+            plan=cut.plan,
+            cost_before=found.cost,
+            cost_after=cut.after,
+            bytes_before=bytes_of(folder / "dense.safetensors"),
+            bytes_after=bytes_of(folder / "pruned.safetensors"),
+            max_abs_diff_masked=cut.max_abs_diff_masked,
+            stages=progress.record.stages,
+            paired=paired_test,
+            exported=_exports(network, recipe, folder, data, show),
+            latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
+            sites=() if gates is None else summarise(gates),
+            profiles=()
+            if gates is None
+            else tuple(profile(gates, site.name) for site in gates.sites[:PROFILES]),
+        )
+        write_text(folder / "run.json", to_json(run, indent=1))
+        write_report([run], folder / "report.html")
+        progress.finish()
+        return run
+
+    run = distributed.record_from_main(Run, concluded)
+    return RunOutcome(run=run, network=network, files=_files(run, folder))
+
+
+def _files(run: Run, folder: Path) -> dict[str, Path]:
+    """Return the files of a run by what they are."""
+    names = {
+        "artifact": "pruned.safetensors",
+        "run": "run.json",
+        "report": "report.html",
+        "markdown": "report.md",
+    }
+    return {what: folder / name for what, name in names.items()} | {
+        item.target: Path(item.output) for item in run.exported
+    }
 
 
 def _require_known(recipe: RunRecipe) -> None:
@@ -223,6 +241,7 @@ def _statistics(
         )
         measured.save(path)
         progress.note(statistics=True)
+        distributed.barrier()  # all are going to read it
     return Statistics.load(path)
 
 
