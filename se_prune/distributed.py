@@ -29,6 +29,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
 #: What torchrun sets.
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: What gloo and NCCL say of a process that is gone.
+ENDED = ("closed by peer", "reset by peer", "broken pipe", "timed out", "remote process exited", "connection was")
 FAILED = "se_prune/failed"
 
 
@@ -144,13 +146,14 @@ def fails_first() -> bool:
 
 @contextlib.contextmanager
 def _exchange() -> Iterator[None]:
-    """Turn what the other processes' end raises here into an error of ours."""
+    """Turn what the other processes' end raises here into an error of ours; anything else is our defect."""
     try:
         yield
     except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in ENDED):
+            raise
         raise PeerError(
-            f"another process of this run has ended ({first_line(error)}); its own message, or the system's log, says "
-            "why."
+            "another process of this run has ended; its own message, or the system's log, says why."
         ) from error
 
 
