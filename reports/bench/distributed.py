@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from se_prune.training.loop import StepLog
 COMMAND = "python -m reports.bench distributed"
 CPU = torch.device("cpu")
 ROWS = FOLDER / "distributed.jsonl"
-ROUNDS, IMAGES, MEASURED = 15, 1280, 2048
+ROUNDS, IMAGES, MEASURED = 9, 1024, 2048
 EXACT, FASTER = 1e-12, 1.6
 #: Share of the cores that other work may take in a round, unless there are fewer than so many of these.
 QUIET, ENOUGH = 0.05, 5
@@ -91,7 +92,7 @@ def work() -> None:
         split = balanced_subset(data.train, IMAGES, 0)
         _timed(network, split, SETTINGS)  # warms up
         for _ in range(ROUNDS):
-            rounds = distributed.from_main(lambda name=name: _rounds(name))
+            rounds = distributed.from_main(partial(_rounds, name))
             if sum(_is_quiet(row) for row in rounds) >= ROUNDS:
                 break
             number = len(rounds)
@@ -207,9 +208,10 @@ def report() -> None:
             + [cell for way in WAYS for cell in _cells(entry, way)]
         )
     body = "# Two processes against one\n\n" + (
-        f"Two gloo processes with a thread each on {os.cpu_count()} cores, as torchrun starts them, against one process "
-        f"with one thread. Statistics of all gates and Gram matrices of all layers on {MEASURED:,} training images in "
-        f"batches of {BATCH}: largest difference relative to the largest value of a table; the bar is {EXACT:g}.\n\n"
+        f"Two gloo processes with a thread each on {os.cpu_count()} cores, as torchrun starts them, against one "
+        "process with one thread. Statistics of all gates and Gram matrices of all layers on "
+        f"{MEASURED:,} training images in batches of {BATCH}: largest difference relative to a table's largest "
+        f"value; the bar is {EXACT:g}.\n\n"
         f"Training: images per second over an epoch of {IMAGES:,} images in batches of {SETTINGS.batch_size} (of both "
         "together), float32, in the first column one process. One and two are timed in turn; medians over rounds, and "
         f"the range of their ratios; the bar is {FASTER}. The machine is shared: rounds in which other work took more "
