@@ -81,13 +81,13 @@ def report() -> None:
     rows = read_rows(ROWS)
     body = [
         "# Distillation against plain fine-tuning\n\n"
-        f"The bundled networks cut to {100 * KEPT:.0f} % of their MACs (`excitation`) and repaired, then fine-tuned for "
-        f"{SETTINGS['epochs']} epochs on the bundled 12,000 training images with the default settings but an average of "
-        f"the weights (ema_decay = {SETTINGS['ema_decay']}) and, where nothing else is said, no label smoothing. Every arm of a "
-        "seed starts from the same repaired network. Top-1 on the 10,000 test images, mean ± standard deviation over "
-        "seeds; the gain is that over labels alone, in points, with its 95 % interval over the test images and its "
-        "standard deviation over seeds; p: paired test over the test images (the mean over seeds of right or wrong, "
-        "two-sided normal).\n"
+        f"The bundled networks cut to {100 * KEPT:.0f} % of their MACs (`excitation`) and repaired, then fine-tuned "
+        f"for {SETTINGS['epochs']} epochs on the bundled 12,000 training images with the default settings but an "
+        f"average of the weights (ema_decay = {SETTINGS['ema_decay']}) and, where nothing else is said, no label "
+        "smoothing. Every arm of a seed starts from the same repaired network. Top-1 on the 10,000 test images, mean "
+        "± standard deviation over seeds; the gain is that over labels alone, in points, with its 95 % interval over "
+        "the test images and its standard deviation over seeds; p: paired test over the test images (the mean over "
+        "seeds of right or wrong, two-sided normal).\n"
     ]
     missing = len(NETWORKS) * len(SEEDS) - len(rows)
     if missing:
