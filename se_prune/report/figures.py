@@ -102,7 +102,7 @@ def tradeoff_keys(runs: Sequence[Run]) -> tuple[Key, ...]:
 def stages(run: Run) -> Spec:
     """Return top-1 after each stage with its 95 % interval; the dense network's level runs through."""
     values = [result.evaluation for result in run.stages]
-    names = [label(result.stage) for result in run.stages]
+    names = [label(result.label) for result in run.stages]
     top1 = [100 * value.top1 for value in values]
     line = go.Scatter(
         x=names,

@@ -289,7 +289,7 @@ def _classes(run: Run) -> Section | None:
         paragraphs=(
             f"{sum(last < dense for _, dense, last in changes)} of {text.count(len(changes))} classes lose accuracy "
             f"and {sum(last > dense for _, dense, last in changes)} gain from {run.stages[0].stage} to "
-            f"{run.stages[-1].stage}. A class has only its part of the images, so its change is less certain than "
+            f"{run.stages[-1].label}. A class has only its part of the images, so its change is less certain than "
             "that of top-1.",
         ),
         figures=(

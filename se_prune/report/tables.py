@@ -109,7 +109,7 @@ def stages(run: Run) -> Table | None:
         change = text.MISSING if value is dense else text.points(value.top1 - dense.top1)
         rows.append(
             (
-                result.stage,
+                result.label,
                 text.percent(value.top1, 2),
                 text.interval(value.top1_ci95),
                 change,
@@ -253,7 +253,7 @@ def classes(run: Run) -> Table | None:
         (name, text.percent(dense), text.percent(last), text.points(last - dense, 1))
         for name, dense, last in changes
     )
-    head = ("class", run.stages[0].stage, run.stages[-1].stage, "change")
+    head = ("class", run.stages[0].stage, run.stages[-1].label, "change")
     return Table(caption=caption, head=head, align="lrrr", rows=rows)
 
 
