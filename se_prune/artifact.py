@@ -18,6 +18,7 @@ from torch import nn
 
 from se_prune.errors import CheckpointError, SePruneError, UsageError
 from se_prune.files import write_tensors
+from se_prune.fixed import filter_of, follow, resize_filter, width_lists
 from se_prune.records import ArchSpec, ArtifactHeader, FoldKind, Geometry
 from se_prune.schema import from_json, to_json
 from se_prune.zoo import registry
@@ -50,6 +51,9 @@ def geometry(module: nn.Module) -> Geometry | None:
         return Geometry(in_channels=module.in_features, out_channels=module.out_features)
     if isinstance(module, NORM_TYPES):
         return Geometry(in_channels=module.num_features, out_channels=module.num_features)
+    if filter_of(module) is not None:
+        channels = int(module.channels)  # type: ignore[call-overload]
+        return Geometry(in_channels=channels, out_channels=channels, groups=channels)
     return None
 
 
@@ -89,6 +93,11 @@ def weight_shape(module: nn.Module, size: Geometry) -> tuple[int, ...]:
         return (size.out_channels, size.in_channels)
     if isinstance(module, NORM_TYPES):
         return (size.out_channels,)
+    kernel = filter_of(module)
+    if kernel is not None:
+        if not size.in_channels == size.out_channels == size.groups:
+            raise impossible
+        return (size.out_channels, *getattr(module, kernel).shape[1:])
     raise CheckpointError(f"the artifact resizes a {type(module).__name__}, which has no channels.")
 
 
@@ -99,6 +108,9 @@ def resize(module: nn.Module, size: Geometry) -> None:
         CheckpointError: The layer is of another kind, or the size is impossible.
     """
     shape = weight_shape(module, size)
+    if filter_of(module) is not None:
+        resize_filter(module, size.out_channels)
+        return
     if isinstance(module, CONV_TYPES):
         module.in_channels, module.out_channels, module.groups = (
             size.in_channels,
@@ -236,14 +248,23 @@ def apply_geometry(
         CheckpointError: A layer or a tensor is missing, left over, or of another shape.
     """
     modules = dict(module.named_modules())
+    lists = list(width_lists(module))
+    largest = max((side for tensor in state.values() for side in tensor.shape), default=0)
     for name, size in sizes.items():
         if name not in modules:
             raise CheckpointError(f"{what} resizes '{name}', which its architecture does not have.")
         shape = weight_shape(modules[name], size)
         stored = state.get(f"{name}.weight", state.get(f"{name}.running_mean"))
-        if stored is None or stored.shape != shape:
+        fits = stored is not None and stored.shape == shape
+        if filter_of(modules[name]) is not None:
+            fits = (
+                size.out_channels <= largest
+            )  # a filter need not be stored; it is no wider than what it reads
+        if not fits:
             raise CheckpointError(f"{what}: the recorded size of '{name}' does not fit its tensor.")
         resize(modules[name], size)
+    for holder, name in lists:
+        follow(holder, name)
     own = module.state_dict()
     given = {k: v.to(own[k].dtype, copy=True) if k in own else v for k, v in state.items()}
     try:

@@ -12,7 +12,7 @@ from torch import nn
 
 from se_prune.artifact import CONV_TYPES, geometry
 from se_prune.channels.graph import OUT_FNS, build_graph, expands, found_groups, role_of
-from se_prune.channels.joints import refusal, split_sizes
+from se_prune.channels.joints import follows, refusal, split_sizes
 from se_prune.channels.shuffles import shuffle_of
 from se_prune.channels.ties import Sharing, irregular, regular
 from se_prune.gates.shuffles import shuffled_layers
@@ -82,7 +82,7 @@ def _coupling(
         if groups is not None:
             shuffles.append((groups, places))
         sizes, reason = split_sizes(item.dep.target), refusal(item.dep.target)
-        if sizes is not None:
+        if sizes is not None and not follows(item.dep.target):
             splits.append((sizes, places))
         if reason is not None:
             reasons.append(reason)
