@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from se_prune.computed import computes_weights, plain_like
 from se_prune.errors import CheckpointError, SePruneError, UsageError
 from se_prune.files import write_tensors
 from se_prune.fixed import filter_of, follow, resize_filter, width_lists
@@ -24,7 +25,7 @@ from se_prune.schema import from_json, to_json
 from se_prune.zoo import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 HEADER_KEY = "se_prune"
 CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -52,7 +53,7 @@ def geometry(module: nn.Module) -> Geometry | None:
     if isinstance(module, NORM_TYPES):
         return Geometry(in_channels=module.num_features, out_channels=module.num_features)
     if filter_of(module) is not None:
-        channels = int(module.channels)  # type: ignore[call-overload]
+        channels = int(vars(module)["channels"])
         return Geometry(in_channels=channels, out_channels=channels, groups=channels)
     return None
 
@@ -73,6 +74,39 @@ def merged_geometry(before: Network, after: nn.Module) -> dict[str, Geometry]:
     sizes = {**before.header.geometry, **changed_geometry(before.module, after)}
     names = {name for name, _ in after.named_modules()}
     return {name: size for name, size in sizes.items() if name in names}
+
+
+def made_plain(before: Network, after: nn.Module) -> tuple[str, ...]:
+    """Return the convolutions of `after` that hold the weights which their dense ones compute."""
+    modules = dict(before.module.named_modules())
+    new = [
+        name
+        for name, module in after.named_modules()
+        if name in modules
+        and computes_weights(modules[name])
+        and not computes_weights(module)
+        and isinstance(module, CONV_TYPES)
+    ]
+    return (*before.header.plain, *new)
+
+
+def make_plain(module: nn.Module, names: Sequence[str], *, what: str) -> None:
+    """Put plain convolutions in the place of those that compute their weights; theirs are still to be loaded.
+
+    Raises:
+        CheckpointError: A name is of no such convolution.
+    """
+    for name in names:
+        layer = dict(module.named_modules()).get(name)
+        if layer is None or not computes_weights(layer):
+            raise CheckpointError(f"{what} calls '{name}' plain, which computes no weights; it is damaged.")
+        replace_module(module, name, plain_like(layer))
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another, by its name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
 
 
 def weight_shape(module: nn.Module, size: Geometry) -> tuple[int, ...]:
@@ -207,6 +241,7 @@ def load(path: str | Path, *, trust: str | None = None) -> Network:
     module = _dense(header.arch, state, str(path)) if own else registry.build(header.arch)
     _require_blocks(module, header.folded, what=str(path))
     replace_blocks(module, header.folded)
+    make_plain(module, header.plain, what=str(path))
     apply_geometry(module, header.geometry, state, what=str(path))
     return Network(module=module.eval(), header=header)
 
@@ -300,7 +335,6 @@ def replace_blocks(
             `apply_geometry`.
     """
     for name, kind in kinds.items():
-        parent, _, leaf = name.rpartition(".")
         new: nn.Module = nn.Identity()
         if kind == "scale":
             like = next(module.get_submodule(name).parameters())
@@ -308,7 +342,7 @@ def replace_blocks(
             new = nn.Conv2d(len(value), len(value), 1, groups=len(value), bias=False).to(like)
             with torch.no_grad():
                 new.weight.copy_(value.view(-1, 1, 1, 1))
-        setattr(module.get_submodule(parent), leaf, new.train(module.training))
+        replace_module(module, name, new.train(module.training))
 
 
 def short_mismatch(error: RuntimeError, limit: int = 3) -> str:

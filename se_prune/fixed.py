@@ -31,7 +31,7 @@ def resize_filter(module: nn.Module, channels: int) -> None:
     assert name is not None
     kernel: torch.Tensor = getattr(module, name)
     setattr(module, name, kernel[:1].repeat(channels, *[1] * (kernel.ndim - 1)))
-    module.channels = channels
+    vars(module)["channels"] = channels
 
 
 def width_lists(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

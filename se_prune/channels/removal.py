@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_prune.artifact import CONV_TYPES, NORM_TYPES, geometry
+from se_prune.artifact import CONV_TYPES, NORM_TYPES, geometry, replace_module
 from se_prune.channels.graph import Role, build_graph, role_of
 from se_prune.channels.joints import fixed_filter
+from se_prune.computed import mixes_inputs, plain
 from se_prune.errors import SurgeryError
 from se_prune.fixed import filter_of, follow, resize_filter, width_lists
 
@@ -59,14 +60,32 @@ def remove(model: nn.Module, example: torch.Tensor, removed: Mapping[str, Sequen
                 gone.update(map(int, item.idxs))
                 if len(gone) >= _width(module, role):
                     raise SurgeryError(f"the plan removes every channel of '{name}'; raise --min-channels.")
+    lost = _without_mixing(result, lost, names)
     lists = list(width_lists(result))
+    current = {module: name for name, module in result.named_modules()}
     for (module, role), gone in lost.items():
-        _shrink(module, role, gone, names[module])
+        _shrink(module, role, gone, current[module])
     for holder, attribute in lists:
         follow(holder, attribute)
     for parameter in result.parameters():
         parameter.grad = None
     return result
+
+
+def _without_mixing(model: nn.Module, lost: Lost, names: Mapping[nn.Module, str]) -> Lost:
+    """Let plain convolutions do what those do that compute their weights from all inputs, where inputs leave."""
+    new: dict[nn.Module, nn.Module] = {}
+    for module, role in lost:
+        if role == "in" and mixes_inputs(module):
+            same = plain(module)
+            if same is None:
+                raise SurgeryError(
+                    f"'{names[module]}' computes its weights from all its inputs; plan it again."
+                )
+            new[module] = same
+    for module, same in new.items():
+        replace_module(model, names[module], same)
+    return {(new.get(module, module), role): gone for (module, role), gone in lost.items()}
 
 
 def _role(module: nn.Module, handler: Any) -> Role | None:

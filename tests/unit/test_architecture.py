@@ -24,6 +24,7 @@ ORDER = (
     "text",  # how numbers are written
     "recipe",
     "zoo",  # architectures
+    "computed",  # convolutions that compute their weights
     "fixed",  # what follows the channels beside parameters
     "artifact",  # our own file, and the layer types that every stage shares
     "preprocessing",  # how a network wants its images
