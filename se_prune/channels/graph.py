@@ -15,7 +15,7 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
 from se_prune.artifact import CONV_TYPES, NORM_TYPES
-from se_prune.channels.joints import MarkSplits, map_joints
+from se_prune.channels.joints import map_joints, marks
 from se_prune.channels.shuffles import map_shuffles, plain_views
 from se_prune.errors import SurgeryError
 from se_prune.records import GateSite
@@ -100,7 +100,7 @@ def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
         SurgeryError: torch-pruning cannot trace the network.
     """
     try:
-        with _gradients(model), MarkSplits():
+        with _gradients(model), marks(model):
             graph = _Graph().build_dependency(model, example_inputs=example, verbose=False)
             map_shuffles(graph)
             return graph
