@@ -1,7 +1,7 @@
 """Surgery on networks of timm, torchvision and the zoo at 30 % and 60 % of their channels, beside plain torch-pruning.
 
-Weights are random, with lively BN statistics that let no signal grow; channels leave by the L2 norm of their group. Each
-network runs in a process of its own, which is given up after `SECONDS`. A finished one is a line of
+Weights are random, with lively BN statistics that let no signal grow; channels leave by the L2 norm of their group.
+Each network runs in a process of its own, which is given up after `SECONDS`. A finished one is a line of
 `reports/surgery.jsonl`.
 """
 
