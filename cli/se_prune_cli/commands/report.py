@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from se_prune_cli.output import Json, Output
+from se_prune_cli.output import Figures, Json, Output, figures_note
 
 
 def command(
@@ -15,6 +15,7 @@ def command(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The HTML file; .md and .json go beside it.")
     ] = Path("report.html"),
+    figures: Figures = None,
     as_json: Json = False,
 ) -> None:
     """Write the compression report of one or several runs: HTML, Markdown and JSON."""
@@ -22,7 +23,8 @@ def command(
 
     out = Output(as_json)
     records = [load_run(path / "run.json" if path.is_dir() else path) for path in runs]
-    files = write_report(records, output)
-    for file in files:
+    files = write_report(records, output, figures=figures)
+    for file in files[:3]:
         out.say(str(file))
+    figures_note(out, figures, files[3:])
     out.document({"runs": len(records), "files": [str(file) for file in files]})
