@@ -154,12 +154,23 @@ class ChangedImage:
 
 @record
 class StageResult:
-    """Accuracy after one stage of a run: dense, cut, repaired, fine-tuned; `seconds` the stage took."""
+    """Accuracy after one stage of a run: dense, cut, repaired, fine-tuned; `seconds` the stage took.
+
+    `step` (from 1) is that of a run in several steps, None of a run in one and of the dense network; `macs` are those
+    of the network at this stage (None in records of earlier versions).
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     stage: Literal["dense", "cut", "repaired", "fine-tuned"]
     evaluation: Evaluation
     seconds: float
+    step: int | None = None
+    macs: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The stage with its step, where there are several."""
+        return self.stage if self.step is None else f"{self.stage}, step {self.step}"
 
 
 @record

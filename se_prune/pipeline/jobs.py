@@ -178,11 +178,11 @@ def plan(
 
     if watch is None:
         return chosen_for(rest)
-    return meet(watch, budget, span, chosen_for, lambda plan: _built(network, found, plan), reporter=reporter)
+    return meet(watch, budget, span, chosen_for, lambda plan: built(network, found, plan), reporter=reporter)
 
 
-def _built(network: Network, found: Structure, chosen: Plan) -> Network:
-    """Return a network cut and folded by a plan, to be timed: without proof and repair."""
+def built(network: Network, found: Structure, chosen: Plan) -> Network:
+    """Return a network cut and folded by a plan, without proof and repair."""
     module = cut(network.module, found.example, chosen)
     module, _ = fold(module, found.example, kept_constants(chosen, found.sites, found.couplings))
     return Network(module=module.eval(), header=network.header)

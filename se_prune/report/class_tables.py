@@ -34,7 +34,7 @@ def classes(run: Run) -> Table | None:
         )
         for change in found
     )
-    head = ("class", run.stages[0].stage, run.stages[-1].stage, "change")
+    head = ("class", run.stages[0].stage, run.stages[-1].label, "change")
     more = ("95 % interval of the change", "images") if counted else ()
     return Table(caption=caption, head=(*head, *more), align=f"lrrr{'rr' * counted}", rows=rows)
 
@@ -57,7 +57,7 @@ def confusions(run: Run) -> Table | None:
     ]
     return Table(
         caption="Wrong answers whose number changed most",
-        head=("class", "answered", run.stages[0].stage, run.stages[-1].stage, "change"),
+        head=("class", "answered", run.stages[0].stage, run.stages[-1].label, "change"),
         align="llrrr",
         rows=tuple(
             (

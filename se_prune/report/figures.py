@@ -69,7 +69,7 @@ def stages(run: Run) -> Plot:
             color=GAIN,
             label=text.percent(value.top1, 2) if len(values) <= 8 else "",
             side="above" if top1[i] >= top1[0] else "below",
-            tip=f"{run.stages[i].stage}: top-1 {text.percent(value.top1, 2)}, 95 % interval "
+            tip=f"{run.stages[i].label}: top-1 {text.percent(value.top1, 2)}, 95 % interval "
             f"{text.interval(value.top1_ci95)}",
         )
         for i, value in enumerate(values)
@@ -78,7 +78,7 @@ def stages(run: Run) -> Plot:
     last = len(values) - 0.5
     return Plot(
         height=280,
-        x=Axis(low=-0.5, high=last, ticks=tuple((float(i), r.stage) for i, r in enumerate(run.stages))),
+        x=Axis(low=-0.5, high=last, ticks=tuple((float(i), r.label) for i, r in enumerate(run.stages))),
         y=scale(*_padded(min(top1), max(top1)), title="top-1, %", grid=True),
         marks=(line, *dots),
         levels=(top1[0],),

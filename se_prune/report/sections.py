@@ -248,7 +248,7 @@ def _classes(run: Run) -> Section | None:
     lost, won = (sum(sign * change.difference > 0 for change in found) for sign in (-1, 1))
     sentence = (
         f"{lost} of {text.count(len(found))} classes lose accuracy and {won} gain from {run.stages[0].stage} to "
-        f"{run.stages[-1].stage}."
+        f"{run.stages[-1].label}."
     )
     if any(change.interval is not None for change in found):
         certain = [change.name for change in found if change.is_certain and change.difference < 0]
@@ -277,7 +277,7 @@ def _classes(run: Run) -> Section | None:
             Figure(
                 key="confusion",
                 caption="Change of the confusion matrix: images of a class (row) with an answer (column), "
-                f"{run.stages[-1].stage} minus {run.stages[0].stage}; orange is worse, blue is better",
+                f"{run.stages[-1].label} minus {run.stages[0].stage}; orange is worse, blue is better",
                 description="Table of colours; the table of wrong answers below has the largest of its numbers.",
                 panels=((picture,),),
             )

@@ -102,7 +102,7 @@ def stages(run: Run) -> Table | None:
         change = text.MISSING if value is dense else text.points(value.top1 - dense.top1)
         rows.append(
             (
-                result.stage,
+                result.label,
                 text.percent(value.top1, 2),
                 text.interval(value.top1_ci95),
                 change,

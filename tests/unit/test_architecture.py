@@ -23,6 +23,7 @@ ORDER = (
     "device",
     "text",  # how numbers are written
     "recipe",
+    "schedule",  # steps of a cut
     "zoo",  # architectures
     "artifact",  # our own file, and the layer types that every stage shares
     "preprocessing",  # how a network wants its images
