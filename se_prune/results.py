@@ -139,7 +139,7 @@ class GateReport:
 
 @record
 class ChangedImage:
-    """A test image that two networks answer differently, small: `png` in base64.
+    """A test image that two networks answer differently, small: a file of type `mime`, its `data` in base64.
 
     `index` is its place in the test split; `label`, `first` and `second` (the two answers) are classes by number.
     """
@@ -149,7 +149,8 @@ class ChangedImage:
     label: int
     first: int
     second: int
-    png: str
+    mime: Literal["image/png", "image/jpeg"]
+    data: str
 
 
 @record

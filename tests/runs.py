@@ -134,10 +134,10 @@ PNG = base64.b64decode(
 
 def changed() -> tuple[ChangedImage, ...]:
     """Return two images whose answer changed: one lost, one won."""
-    png = base64.b64encode(PNG).decode()
+    file = {"mime": "image/png", "data": base64.b64encode(PNG).decode()}
     return (
-        ChangedImage(index=17, label=7, first=7, second=9, png=png),
-        ChangedImage(index=23, label=3, first=4, second=3, png=png),
+        ChangedImage(index=17, label=7, first=7, second=9, **file),
+        ChangedImage(index=23, label=3, first=4, second=3, **file),
     )
 
 

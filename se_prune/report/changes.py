@@ -135,5 +135,11 @@ def part_sums(run: Run, unit: str) -> dict[str, tuple[float, float]] | None:
             for layer, macs in cost.per_layer.items():
                 sums.setdefault(run.parts.get(layer, "other"), [0.0, 0.0])[side] += macs
     known = [part for part in dict.fromkeys(run.parts.values()) if part in sums]
-    order = [*known, *(part for part in sums if part not in known)]
+    order = sorted([*known, *(part for part in sums if part not in known)], key=_rank)
     return {part: (sums[part][0], sums[part][1]) for part in order}
+
+
+def _rank(part: str) -> int:
+    """Return where a part stands: the stem, the stages in their order, SE blocks, the head, what is none of them."""
+    order, first = ("stem", "stage", "SE", "head"), part.partition(" ")[0]
+    return order.index(first) if first in order else len(order)

@@ -38,9 +38,9 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """A small image in base64 PNG with two lines below it; `is_loss` where a right answer was lost."""
+    """A small image (a data URL) with two lines below it; `is_loss` where a right answer was lost."""
 
-    png: str
+    source: str
     title: str
     detail: str
     is_loss: bool

@@ -35,7 +35,7 @@ def render(runs: Sequence[Run]) -> str:
     Raises:
         SePruneError: The page would be larger than 6 MB.
     """
-    pictures = sum(len(image.png) for run in runs for image in run.changed)
+    pictures = sum(len(image.data) for run in runs for image in run.changed)
     free = MAX_BYTES - PAGE_BYTES - RUN_BYTES * len(runs) - pictures
     parts = [_part(f"run-{i}", run, max(0, free) / len(runs)) for i, run in enumerate(runs, start=1)]
     return _page(

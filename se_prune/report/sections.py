@@ -302,7 +302,7 @@ def _changed(run: Run) -> Section | None:
     shown = (
         f"{text.count(lost + won + other)} of {text.count(len(three))} test images have another answer in the pruned "
         f"network: {text.count(lost)} were right before, {text.count(won)} are right now, {text.count(other)} are "
-        f"wrong both times. {len(run.changed)} of them:"
+        f"wrong both times. {len(run.changed)} of them, orange where the right answer was lost:"
     )
     pictures = []
     for item in run.changed:
@@ -311,7 +311,7 @@ def _changed(run: Run) -> Section | None:
         )
         pictures.append(
             Picture(
-                png=item.png,
+                source=f"data:{item.mime};base64,{item.data}",
                 title=f"{first} → {second}",
                 detail=f"is {label}, no. {item.index}",
                 is_loss=item.first == item.label,
