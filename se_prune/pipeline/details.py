@@ -6,20 +6,24 @@ import base64
 import hashlib
 import io
 import itertools
+import platform
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from se_prune import __version__
 from se_prune.artifact import Network
 from se_prune.data import DataSource
 from se_prune.data.batches import TensorImages
 from se_prune.data.folders import FolderImages
 from se_prune.data.raw import FileImages
 from se_prune.data.source import ClassSplit, Split, balanced_subset
-from se_prune.device import inference_batch
+from se_prune.device import inference_batch, processor
+from se_prune.errors import UsageError, nearest
 from se_prune.evaluate import UNREADABLE
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics, collect
@@ -28,10 +32,11 @@ from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Structure
 from se_prune.pipeline.parts import layer_parts, part_operations
 from se_prune.preprocessing import example_input
 from se_prune.records import GateSite, Plan, Preprocessing
-from se_prune.results import ChangedImage, Evaluation, GateProfile, OperationTime
+from se_prune.results import ChangedImage, Evaluation, GateProfile, GateReport, OperationTime
 from se_prune.runtimes import require_runtime
 from se_prune.runtimes.bench import Setting
 
+PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
 #: Sites and classes whose gate profiles stand in a record; more make it too large.
 PROFILES, PROFILE_CLASSES = 24, 32
 #: Images that changed their answer, and the pixels of one.
@@ -48,6 +53,75 @@ def profiles(statistics: Statistics | None, classes: Sequence[str] = ()) -> tupl
         return ()
     chosen = classes or liveliest(statistics, PROFILE_CLASSES)
     return tuple(profile(statistics, site.name, chosen) for site in statistics.sites[:PROFILES])
+
+
+def require_known(names: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """Return names of classes after checking that there are such.
+
+    Raises:
+        UsageError: One is none; the message has the nearest.
+    """
+    for name in names:
+        if name not in classes:
+            raise UsageError(
+                f"there is no class '{name}'{nearest(name, classes)}; the data has {', '.join(classes[:8])}"
+                f"{' …' if len(classes) > 8 else ''}."
+            )
+    return tuple(names)
+
+
+def gate_report(
+    statistics: Statistics,
+    *,
+    name: str,
+    command: str,
+    data: str,
+    seed: int,
+    outlook: str,
+    device: torch.device,
+    classes: Sequence[str] = (),
+) -> GateReport:
+    """Return the record of a page on one network's gates.
+
+    Args:
+        statistics: What `analyze` measured.
+        name: Of the network.
+        command: The command line.
+        data: The name of the data.
+        seed: What `analyze` took.
+        outlook: The sentence on how alive the gates are.
+        device: Where they were measured.
+        classes: Whose gates are drawn; those whose gates differ most where none are given.
+    """
+    return GateReport(
+        name=name,
+        command=command,
+        data=data,
+        n=statistics.n,
+        seed=seed,
+        outlook=outlook,
+        environment=environment(device),
+        sites=summarise(statistics),
+        profiles=profiles(statistics, classes),
+    )
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return versions and hardware, for the report."""
+    result = {
+        "se-prune": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+    for name in PACKAGES:
+        try:
+            result[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return result
 
 
 def operations(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from se_prune import __version__, artifact
+from se_prune import artifact
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of
 from se_prune.data import DataSource, open_data
 from se_prune.data.source import Split, balanced_subset
-from se_prune.device import choose_device, processor
+from se_prune.device import choose_device
 from se_prune.errors import UsageError
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target
@@ -40,7 +38,6 @@ from se_prune.schema import to_json
 from se_prune.scoring.registry import find
 from se_prune.zoo.registry import shown
 
-PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
 #: Training images on which an export is checked, spread over the classes.
 EXPORT_IMAGES = 256
 
@@ -141,7 +138,7 @@ def run_recipe(
         data=data.name,
         classes=data.classes,
         seed=recipe.seed,
-        environment=environment(target),
+        environment=details.environment(target),
         plan=done.cut.plan,
         cost_before=found.cost,
         cost_after=done.cut.after,
@@ -259,21 +256,3 @@ def _latency(
     dense.module.cpu()
     cut.module.cpu()
     return first, second
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Return versions and hardware, for the report."""
-    result = {
-        "se-prune": __version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-    for name in PACKAGES:
-        try:
-            result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return result

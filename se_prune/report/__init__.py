@@ -15,10 +15,10 @@ from se_prune.report.files import safe_name, write_figures
 from se_prune.results import GateReport, Run
 from se_prune.schema import from_json, to_json
 
-__all__ = ["load_run", "write_gate_report", "write_report"]
+__all__ = ["load_run", "write_figures_of", "write_gate_figures", "write_gate_report", "write_report"]
 
 
-def write_report(runs: Sequence[Run], output: str | Path, *, figures: Path | None = None) -> list[Path]:
+def write_report(runs: Sequence[Run], output: str | Path) -> list[Path]:
     """Write a report of one or several runs as `output` (HTML), with `.md` and `.json` of the same stem beside it.
 
     The JSON is the list of run records as they are: fractions, and the predictions for paired tests.
@@ -26,34 +26,48 @@ def write_report(runs: Sequence[Run], output: str | Path, *, figures: Path | Non
     Args:
         runs: The records; several are compared first.
         output: The HTML file; `.html` is added where it has no suffix.
-        figures: A folder for every figure as SVG, and as PNG where the extra `figures` is installed; a folder a run in
-            it where there are several.
 
     Returns:
-        The three files, HTML, Markdown and JSON, and those of the figures.
+        The three files: HTML, Markdown, JSON.
 
     Raises:
         UsageError: There is no run, `output` is not an HTML file, or its JSON would replace a run record.
         SePruneError: The page would be larger than 6 MB, or a file cannot be written.
     """
+    _require_runs(runs)
+    page = _html_path(Path(output))
+    json_text = "[\n" + ",\n".join(to_json(run) for run in runs) + "\n]\n"
+    return _write(page, html.render(runs), markdown.render(runs), json_text)
+
+
+def write_figures_of(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write every figure of runs as SVG, and as PNG where the extra `figures` is installed.
+
+    Args:
+        runs: The records; with several, each has a folder in `folder`, and the comparison stands beside them.
+        folder: Where the files go.
+
+    Raises:
+        UsageError: There is no run.
+        SePruneError: A file cannot be written.
+    """
+    _require_runs(runs)
+    if len(runs) == 1:
+        return write_figures(_of_run(runs[0]), folder)
+    written = write_figures(sections.compare(runs).figures, folder)
+    for i, run in enumerate(runs, start=1):
+        written += write_figures(_of_run(run), folder / safe_name(f"{i}-{run.name}"))
+    return written
+
+
+def _require_runs(runs: Sequence[Run]) -> None:
     if not runs:
         raise UsageError(
             "there is no run to report; name at least one run record (`se-prune run` writes them)."
         )
-    page = _html_path(Path(output))
-    json_text = "[\n" + ",\n".join(to_json(run) for run in runs) + "\n]\n"
-    written = _write(page, html.render(runs), markdown.render(runs), json_text)
-    if figures is None:
-        return written
-    if len(runs) == 1:
-        return written + write_figures(_of_run(runs[0]), figures)
-    written += write_figures(sections.compare(runs).figures, figures)
-    for i, run in enumerate(runs, start=1):
-        written += write_figures(_of_run(run), figures / safe_name(f"{i}-{run.name}"))
-    return written
 
 
-def write_gate_report(report: GateReport, output: str | Path, *, figures: Path | None = None) -> list[Path]:
+def write_gate_report(report: GateReport, output: str | Path) -> list[Path]:
     """Write a page on one network's gates, and Markdown and JSON beside it; as `write_report`.
 
     Raises:
@@ -62,11 +76,17 @@ def write_gate_report(report: GateReport, output: str | Path, *, figures: Path |
     """
     page = _html_path(Path(output))
     texts = html.render_gates(report), markdown.render_gates(report), f"[\n{to_json(report)}\n]\n"
-    written = _write(page, *texts)
-    if figures is not None:
-        found = [f for section in gate_sections.of_gates(report, math.inf) for f in section.figures]
-        written += write_figures([*found, *gate_sections.within_class(report.profiles, ())], figures)
-    return written
+    return _write(page, *texts)
+
+
+def write_gate_figures(report: GateReport, folder: Path) -> list[Path]:
+    """Write every figure of one network's gates as SVG, and as PNG where the extra `figures` is installed.
+
+    Raises:
+        SePruneError: A file cannot be written.
+    """
+    found = [f for section in gate_sections.of_gates(report, math.inf) for f in section.figures]
+    return write_figures([*found, *gate_sections.within_class(report.profiles, ())], folder)
 
 
 def _write(page: Path, html_text: str, markdown_text: str, json_text: str) -> list[Path]:

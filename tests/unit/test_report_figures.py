@@ -10,7 +10,16 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from se_prune.errors import SePruneError
-from se_prune.report import changes, figures, gate_figures, gate_sections, html, sections, svg, write_report
+from se_prune.report import (
+    changes,
+    figures,
+    gate_figures,
+    gate_sections,
+    html,
+    sections,
+    svg,
+    write_figures_of,
+)
 from se_prune.report.plot import PALETTE, Band, Bar, Cell, Dot, Line, nice, shortened
 from se_prune.results import GateProfile
 from tests.runs import CLASSES, SITES, cost, evaluation, make_run, profile
@@ -245,7 +254,7 @@ def test_hostile_names_stay_text_in_figures(tmp_path):
     assert HOSTILE not in page
     assert "<script>alert" not in page
     assert any(" ".join(HOSTILE.split())[:20] in tip for tip in Page(page).tips)
-    written = write_report([run], tmp_path / "a.html", figures=tmp_path / "figures")
+    written = write_figures_of([run], tmp_path / "figures")
     pictures = [path for path in written if path.suffix == ".svg"]
     assert len(pictures) > 8
     for path in pictures:
@@ -256,7 +265,7 @@ def test_hostile_names_stay_text_in_figures(tmp_path):
 
 
 def test_files_have_the_light_colours_and_stay_inside(tmp_path, run):
-    written = write_report([run, run], tmp_path / "a.html", figures=tmp_path / "f")
+    written = write_figures_of([run, run], tmp_path / "f")
     pictures = [path for path in written if path.suffix == ".svg"]
     names = {path.relative_to(tmp_path / "f").as_posix() for path in pictures}
     own = "1-se_resnet20_at_half_of_its_MACs"
@@ -276,7 +285,7 @@ def test_files_have_the_light_colours_and_stay_inside(tmp_path, run):
 
 def test_png_is_made_where_the_package_is_there(tmp_path, run):
     pytest.importorskip("resvg_py")
-    written = write_report([run], tmp_path / "a.html", figures=tmp_path)
+    written = write_figures_of([run], tmp_path)
     pictures = [path for path in written if path.suffix == ".png"]
     assert len(pictures) == sum(path.suffix == ".svg" for path in written)
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in pictures)
