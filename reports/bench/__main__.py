@@ -21,6 +21,7 @@ STUDIES = (
     "throughput",
     "recipes",
     "distill",
+    "report",
 )
 
 

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from se_prune import __version__, artifact
+from se_prune import artifact
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of
 from se_prune.data import DataSource, open_data
 from se_prune.data.source import Split, balanced_subset
-from se_prune.device import choose_device, processor
+from se_prune.device import choose_device
 from se_prune.errors import UsageError
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target
 from se_prune.files import make_folder, write_text
 from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
-from se_prune.gates.summary import profile, summarise
+from se_prune.gates.summary import summarise
 from se_prune.latency import measure_latency, torch_runner
 from se_prune.layers import layer_costs
-from se_prune.pipeline import measure
+from se_prune.pipeline import details, measure
 from se_prune.pipeline.classes import for_classes
 from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.pipeline.progress import Progress
@@ -40,11 +38,8 @@ from se_prune.schema import to_json
 from se_prune.scoring.registry import find
 from se_prune.zoo.registry import shown
 
-PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
 #: Training images on which an export is checked, spread over the classes.
 EXPORT_IMAGES = 256
-#: Sites whose gate profiles stand in the report; more make the page too large.
-PROFILES = 24
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,7 +66,7 @@ def run_recipe(
     A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact.
 
     Analysis, scores, repair, fine-tuning and the parity check of exports see training images; test images are
-    read by `evaluate` alone.
+    read by `evaluate` alone, and in the end some of those whose answer changed are shown in the report.
 
     Args:
         recipe: What to do.
@@ -124,6 +119,18 @@ def run_recipe(
     artifact.save(files["artifact"], network)
     artifact.save(folder / "dense.safetensors", dense)
     exported = _exports(network, recipe, folder, data, show)
+    written = [Path(item.output) for item in exported]
+    latency = _latency(dense, network, data, folder, recipe=recipe, device=target, show=show)
+    with show.stage("times of layers", None):
+        runtime = "torch" if latency is None else latency[1].runtime
+        parts, operations = details.operations(dense, network, found, runtime, folder)
+    shown_gates = details.profiles(gates)
+    after: dict[str, Any] = {}
+    if gates is not None:
+        names = tuple(shown_gates[0].per_class)
+        after = details.gates_after(
+            network, data, found, done.cut.plan, names, device=target, seed=recipe.seed, show=show
+        )
     run = Run(
         name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
         command=command,
@@ -131,7 +138,7 @@ def run_recipe(
         data=data.name,
         classes=data.classes,
         seed=recipe.seed,
-        environment=environment(target),
+        environment=details.environment(target),
         plan=done.cut.plan,
         cost_before=found.cost,
         cost_after=done.cut.after,
@@ -140,10 +147,16 @@ def run_recipe(
         max_abs_diff_masked=done.max_abs_diff_masked,
         stages=progress.record.stages,
         paired=paired(first, done.last, data.test),
-        latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
+        latency=latency,
         sites=() if gates is None else summarise(gates),
-        profiles=() if gates is None else tuple(profile(gates, site.name) for site in gates.sites[:PROFILES]),
+        profiles=shown_gates,
         exported=exported,
+        labels=tuple(data.test.labels.tolist()),
+        parts=parts,
+        operations=operations,
+        **after,
+        changed=details.changed_images(data.test, first, done.last),
+        hashes=details.hashes(data, (folder / "dense.safetensors", files["artifact"], *written)),
     )
     files["run"] = folder / "run.json"
     write_text(files["run"], to_json(run, indent=1))
@@ -243,21 +256,3 @@ def _latency(
     dense.module.cpu()
     cut.module.cpu()
     return first, second
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Return versions and hardware, for the report."""
-    result = {
-        "se-prune": __version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-    for name in PACKAGES:
-        try:
-            result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return result
