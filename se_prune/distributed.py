@@ -30,7 +30,14 @@ PATIENCE = timedelta(hours=2)
 #: What torchrun sets.
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: What gloo and NCCL say of a process that is gone.
-ENDED = ("closed by peer", "reset by peer", "broken pipe", "timed out", "remote process exited", "connection was")
+ENDED = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "timed out",
+    "remote process exited",
+    "connection was",
+)
 FAILED = "se_prune/failed"
 
 

@@ -21,6 +21,8 @@ STUDIES = (
     "throughput",
     "distributed",
     "recipes",
+    "distill",
+    "report",
 )
 
 

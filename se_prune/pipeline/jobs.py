@@ -180,13 +180,13 @@ def plan(
     def decided() -> Plan:
         if watch is None:
             return chosen_for(rest)
-        return meet(watch, budget, span, chosen_for, lambda p: _built(network, found, p), reporter=reporter)
+        return meet(watch, budget, span, chosen_for, lambda p: built(network, found, p), reporter=reporter)
 
     return distributed.record_from_main(Plan, decided)
 
 
-def _built(network: Network, found: Structure, chosen: Plan) -> Network:
-    """Return a network cut and folded by a plan, to be timed: without proof and repair."""
+def built(network: Network, found: Structure, chosen: Plan) -> Network:
+    """Return a network cut and folded by a plan, without proof and repair."""
     module = cut(network.module, found.example, chosen)
     module, _ = fold(module, found.example, kept_constants(chosen, found.sites, found.couplings))
     return Network(module=module.eval(), header=network.header)
@@ -265,6 +265,7 @@ def apply_plan(
         plan=chosen,
         geometry=artifact.merged_geometry(network, module),
         folded={**network.header.folded, **folded},
+        plain=artifact.made_plain(network, module),
         history=(*network.header.history, entry),
     )
     return Applied(
