@@ -31,7 +31,7 @@ from se_prune.pipeline.progress import Progress
 from se_prune.pipeline.steps import Course, compress_in_steps
 from se_prune.planning import check_budget, check_ranges
 from se_prune.recipe import RunRecipe, check_run, table_budget
-from se_prune.report import write_report
+from se_prune.report import card, write_report
 from se_prune.results import Exported, Latency, Run
 from se_prune.runtimes.ort import open_file
 from se_prune.schema import to_json
@@ -160,6 +160,8 @@ def run_recipe(
     )
     files["run"] = folder / "run.json"
     write_text(files["run"], to_json(run, indent=1))
+    files["card"] = folder / "MODEL_CARD.md"
+    write_text(files["card"], card.render(card.of_run(run, network.header, files["artifact"].name)))
     page, markdown, _ = write_report([run], folder / "report.html")
     files |= {"report": page, "markdown": markdown}
     files |= {item.target: Path(item.output) for item in exported}
