@@ -260,6 +260,7 @@ def apply_plan(
         plan=chosen,
         geometry=artifact.merged_geometry(network, module),
         folded={**network.header.folded, **folded},
+        plain=artifact.made_plain(network, module),
         history=(*network.header.history, entry),
     )
     return Applied(

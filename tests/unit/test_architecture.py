@@ -25,6 +25,8 @@ ORDER = (
     "recipe",
     "schedule",  # steps of a cut
     "zoo",  # architectures
+    "computed",  # convolutions that compute their weights
+    "fixed",  # what follows the channels beside parameters
     "artifact",  # our own file, and the layer types that every stage shares
     "preprocessing",  # how a network wants its images
     "foreign",  # files of others
