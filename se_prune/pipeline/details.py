@@ -17,6 +17,7 @@ import torch
 
 from se_prune import __version__
 from se_prune.artifact import Network
+from se_prune.cost import bytes_of
 from se_prune.data import DataSource
 from se_prune.data.batches import TensorImages
 from se_prune.data.folders import FolderImages
@@ -25,14 +26,16 @@ from se_prune.data.source import ClassSplit, Split, balanced_subset
 from se_prune.device import inference_batch, processor
 from se_prune.errors import UsageError, nearest
 from se_prune.evaluate import UNREADABLE
+from se_prune.files import write_text
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics, collect
 from se_prune.gates.summary import liveliest, profile, summarise
-from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Structure
+from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Structure, structure
 from se_prune.pipeline.parts import layer_parts, part_operations
 from se_prune.preprocessing import example_input
 from se_prune.records import GateSite, Plan, Preprocessing
-from se_prune.results import ChangedImage, Evaluation, GateProfile, GateReport, OperationTime
+from se_prune.report import card
+from se_prune.results import ChangedImage, Evaluation, GateProfile, GateReport, OperationTime, PairedTest
 from se_prune.runtimes import require_runtime
 from se_prune.runtimes.bench import Setting
 
@@ -103,6 +106,58 @@ def gate_report(
         environment=environment(device),
         sites=summarise(statistics),
         profiles=profiles(statistics, classes),
+    )
+
+
+def write_card(
+    path: Path,
+    network: Network,
+    data: DataSource,
+    result: Evaluation,
+    *,
+    file: str,
+    command: str,
+    device: torch.device,
+    against: tuple[str, Evaluation] | None = None,
+    paired: PairedTest | None = None,
+) -> None:
+    """Write the model card of a network that was just evaluated.
+
+    Args:
+        path: The card.
+        network: The network.
+        data: What it was evaluated on.
+        result: Its accuracy.
+        file: What MODEL was on the command line: a file, or the name of an architecture.
+        command: The command line.
+        device: Where it was evaluated.
+        against: The name of another network and its accuracy on the same images.
+        paired: The test of the two.
+
+    Raises:
+        SePruneError: The card cannot be written.
+    """
+    artifact = Path(file)
+    is_file = artifact.is_file()
+    write_text(
+        path,
+        card.render(
+            card.Card(
+                name=artifact.stem if is_file else file,
+                file=artifact.name if is_file else file,
+                header=network.header,
+                data=data.name,
+                evaluation=result,
+                cost=structure(network).cost,
+                bytes=bytes_of(artifact) if is_file else None,
+                dense=None if against is None else against[1],
+                other="" if against is None else f"network {against[0]}",
+                paired=paired,
+                command=command,
+                environment=environment(device),
+                hashes=hashes(data, (artifact,) if is_file else ()),
+            )
+        ),
     )
 
 

@@ -31,7 +31,7 @@ from se_prune.pipeline.progress import Progress
 from se_prune.pipeline.steps import Course, compress_in_steps
 from se_prune.planning import check_budget, check_ranges
 from se_prune.recipe import RunRecipe, check_run, table_budget
-from se_prune.report import write_report
+from se_prune.report import card, write_report
 from se_prune.results import Exported, Latency, Run
 from se_prune.runtimes.ort import open_file
 from se_prune.schema import to_json
@@ -162,6 +162,7 @@ def run_recipe(
             hashes=details.hashes(data, (folder / "dense.safetensors", pruned, *written)),
         )
         write_text(folder / "run.json", to_json(run, indent=1))
+        write_text(folder / "MODEL_CARD.md", card.render(card.of_run(run, network.header, pruned.name)))
         write_report([run], folder / "report.html")
         progress.finish()
         return run
@@ -175,6 +176,7 @@ def _files(run: Run, folder: Path) -> dict[str, Path]:
     names = {
         "artifact": "pruned.safetensors",
         "run": "run.json",
+        "card": "MODEL_CARD.md",
         "report": "report.html",
         "markdown": "report.md",
     }
