@@ -20,6 +20,7 @@ STUDIES = (
     "kills",
     "throughput",
     "recipes",
+    "graph_cost",
 )
 
 
