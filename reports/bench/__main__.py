@@ -23,6 +23,7 @@ STUDIES = (
     "recipes",
     "distill",
     "report",
+    "graph_cost",
 )
 
 
