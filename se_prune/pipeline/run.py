@@ -156,7 +156,9 @@ def run_recipe(
         operations=operations,
         **after,
         changed=details.changed_images(data.test, first, done.last),
-        hashes=details.hashes(data, (folder / "dense.safetensors", files["artifact"], *written)),
+        hashes=details.hashes(
+            data, (*_checkpoint(recipe), folder / "dense.safetensors", files["artifact"], *written)
+        ),
     )
     files["run"] = folder / "run.json"
     write_text(files["run"], to_json(run, indent=1))
@@ -167,6 +169,12 @@ def run_recipe(
     files |= {item.target: Path(item.output) for item in exported}
     progress.finish()
     return RunOutcome(run=run, network=network, files=files)
+
+
+def _checkpoint(recipe: RunRecipe) -> tuple[Path, ...]:
+    """Return the file that the model came from, where it came from one."""
+    path = Path(recipe.model.ref)
+    return (path,) if path.is_file() else ()
 
 
 def _require_known(recipe: RunRecipe) -> None:
