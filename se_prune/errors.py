@@ -38,6 +38,10 @@ class SurgeryError(SePruneError):
     """The network cannot be cut, or the cut network does not equal its masked twin."""
 
 
+class PeerError(SePruneError):
+    """Another of several processes has ended, so that this one cannot go on."""
+
+
 class Interrupted(SePruneError):  # noqa: N818 - nothing went wrong
     """The user stopped the work; what was done is saved, and the message says how to go on."""
 

@@ -76,6 +76,11 @@ Figures = Annotated[
 ERR = Console(stderr=True)
 
 
+def silence() -> None:
+    """Show nothing more: of several processes the main one alone speaks."""
+    ERR.quiet = True
+
+
 class Notices(logging.Handler):
     """Prints what the library logs, such as an architecture that it guessed, on stderr."""
 
@@ -89,7 +94,7 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=as_json)
+        self.console = Console(stderr=as_json, quiet=ERR.quiet)
 
     def say(self, text: str) -> None:
         """Print a message on stderr."""
@@ -109,7 +114,7 @@ class Output:
 
     def document(self, value: dict[str, Any] | list[Any]) -> None:
         """Print the JSON document on stdout if `--json` was given."""
-        if self.as_json:
+        if self.as_json and not ERR.quiet:
             json.dump(value, sys.stdout, indent=2)
             sys.stdout.write("\n")
 

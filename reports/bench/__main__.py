@@ -19,6 +19,7 @@ STUDIES = (
     "discovery",
     "kills",
     "throughput",
+    "distributed",
     "recipes",
     "distill",
     "report",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from se_prune import artifact
+from se_prune import artifact, distributed
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of
@@ -18,7 +18,7 @@ from se_prune.device import choose_device
 from se_prune.errors import UsageError
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target
-from se_prune.files import make_folder, write_text
+from se_prune.files import make_folder, require_shared, write_text
 from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
 from se_prune.gates.summary import summarise
@@ -63,7 +63,8 @@ def run_recipe(
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
 
-    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact.
+    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact. Of several
+    processes the main one alone writes, exports and times.
 
     Analysis, scores, repair, fine-tuning and the parity check of exports see training images; test images are
     read by `evaluate` alone, and in the end some of those whose answer changed are shown in the report.
@@ -97,6 +98,7 @@ def run_recipe(
         costs = layer_costs(dense.module, found.cost.per_layer)
         check_budget(found.couplings, costs, budget, **widths, hidden=recipe.apply.hidden)
     make_folder(folder)
+    require_shared(folder)
     progress = Progress(folder, recipe, dense, data, resume=resume)
 
     course = Course(
@@ -115,15 +117,6 @@ def run_recipe(
     course.statistics = gates = _statistics(course, folder, earlier=statistics)
     done = compress_in_steps(course)
     network = done.network
-    files = {"artifact": folder / "pruned.safetensors"}
-    artifact.save(files["artifact"], network)
-    artifact.save(folder / "dense.safetensors", dense)
-    exported = _exports(network, recipe, folder, data, show)
-    written = [Path(item.output) for item in exported]
-    latency = _latency(dense, network, data, folder, recipe=recipe, device=target, show=show)
-    with show.stage("times of layers", None):
-        runtime = "torch" if latency is None else latency[1].runtime
-        parts, operations = details.operations(dense, network, found, runtime, folder)
     shown_gates = details.profiles(gates)
     after: dict[str, Any] = {}
     if gates is not None:
@@ -131,44 +124,67 @@ def run_recipe(
         after = details.gates_after(
             network, data, found, done.cut.plan, names, device=target, seed=recipe.seed, show=show
         )
-    run = Run(
-        name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
-        command=command,
-        arch=shown(dense.header.arch),
-        data=data.name,
-        classes=data.classes,
-        seed=recipe.seed,
-        environment=details.environment(target),
-        plan=done.cut.plan,
-        cost_before=found.cost,
-        cost_after=done.cut.after,
-        bytes_before=bytes_of(folder / "dense.safetensors"),
-        bytes_after=bytes_of(files["artifact"]),
-        max_abs_diff_masked=done.max_abs_diff_masked,
-        stages=progress.record.stages,
-        paired=paired(first, done.last, data.test),
-        latency=latency,
-        sites=() if gates is None else summarise(gates),
-        profiles=shown_gates,
-        exported=exported,
-        labels=tuple(data.test.labels.tolist()),
-        parts=parts,
-        operations=operations,
-        **after,
-        changed=details.changed_images(data.test, first, done.last),
-        hashes=details.hashes(
-            data, (*_checkpoint(recipe), folder / "dense.safetensors", files["artifact"], *written)
-        ),
-    )
-    files["run"] = folder / "run.json"
-    write_text(files["run"], to_json(run, indent=1))
-    files["card"] = folder / "MODEL_CARD.md"
-    write_text(files["card"], card.render(card.of_run(run, network.header, files["artifact"].name)))
-    page, markdown, _ = write_report([run], folder / "report.html")
-    files |= {"report": page, "markdown": markdown}
-    files |= {item.target: Path(item.output) for item in exported}
-    progress.finish()
-    return RunOutcome(run=run, network=network, files=files)
+
+    def concluded() -> Run:
+        artifact.save(pruned := folder / "pruned.safetensors", network)
+        artifact.save(folder / "dense.safetensors", dense)
+        exported = _exports(network, recipe, folder, data, show)
+        written = [Path(item.output) for item in exported]
+        latency = _latency(dense, network, data, folder, recipe=recipe, device=target, show=show)
+        with show.stage("times of layers", None):
+            runtime = "torch" if latency is None else latency[1].runtime
+            parts, operations = details.operations(dense, network, found, runtime, folder)
+        run = Run(
+            name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
+            command=command,
+            arch=shown(dense.header.arch),
+            data=data.name,
+            classes=data.classes,
+            seed=recipe.seed,
+            environment=details.environment(target),
+            plan=done.cut.plan,
+            cost_before=found.cost,
+            cost_after=done.cut.after,
+            bytes_before=bytes_of(folder / "dense.safetensors"),
+            bytes_after=bytes_of(pruned),
+            max_abs_diff_masked=done.max_abs_diff_masked,
+            stages=progress.record.stages,
+            paired=paired(first, done.last, data.test),
+            latency=latency,
+            sites=() if gates is None else summarise(gates),
+            profiles=shown_gates,
+            exported=exported,
+            labels=tuple(data.test.labels.tolist()),
+            parts=parts,
+            operations=operations,
+            **after,
+            changed=details.changed_images(data.test, first, done.last),
+            hashes=details.hashes(
+                data, (*_checkpoint(recipe), folder / "dense.safetensors", pruned, *written)
+            ),
+        )
+        write_text(folder / "run.json", to_json(run, indent=1))
+        write_text(folder / "MODEL_CARD.md", card.render(card.of_run(run, network.header, pruned.name)))
+        write_report([run], folder / "report.html")
+        progress.finish()
+        return run
+
+    run = distributed.record_from_main(Run, concluded)
+    return RunOutcome(run=run, network=network, files=_files(run, folder))
+
+
+def _files(run: Run, folder: Path) -> dict[str, Path]:
+    """Return the files of a run by what they are."""
+    names = {
+        "artifact": "pruned.safetensors",
+        "run": "run.json",
+        "card": "MODEL_CARD.md",
+        "report": "report.html",
+        "markdown": "report.md",
+    }
+    return {what: folder / name for what, name in names.items()} | {
+        item.target: Path(item.output) for item in run.exported
+    }
 
 
 def _checkpoint(recipe: RunRecipe) -> tuple[Path, ...]:
@@ -214,6 +230,7 @@ def _statistics(course: Course, folder: Path, *, earlier: Path | None) -> Statis
         )
         measured.save(path)
         course.progress.note(statistics=True)
+        distributed.barrier()  # all are going to read it
     return Statistics.load(path)
 
 

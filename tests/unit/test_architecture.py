@@ -19,6 +19,7 @@ ORDER = (
     "records",  # what passes between stages
     "settings",  # how to train
     "results",  # what a run results in
+    "distributed",  # several processes
     "files",  # writing whole files
     "device",
     "text",  # how numbers are written
