@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,15 +47,26 @@ CHANGED, PIXELS = 24, 96
 #: Smaller images are shown as they are, in PNG.
 SMALL = 48
 PROFILE_RUNS = 20
+T = TypeVar("T")
 JPEG_QUALITY = 80
 
 
 def profiles(statistics: Statistics | None, classes: Sequence[str] = ()) -> tuple[GateProfile, ...]:
-    """Return the gate profiles of the first sites, for chosen classes or those whose gates differ most."""
+    """Return the gate profiles of the sites, for chosen classes or those whose gates differ most.
+
+    Of many sites, some spread evenly from the first to the last.
+    """
     if statistics is None:
         return ()
     chosen = classes or liveliest(statistics, PROFILE_CLASSES)
-    return tuple(profile(statistics, site.name, chosen) for site in statistics.sites[:PROFILES])
+    return tuple(profile(statistics, site.name, chosen) for site in spread_evenly(statistics.sites, PROFILES))
+
+
+def spread_evenly(items: Sequence[T], count: int) -> Sequence[T]:
+    """Return at most `count` of some items, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def require_known(names: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
@@ -244,12 +255,14 @@ def gates_after(
         )
     cut.module.cpu()
     dense = {site.name: site for site in found.sites}
+    drawn = {site.name for site in spread_evenly(found.sites, PROFILES)}
     return {
         "sites_after": summarise(statistics),
         "gate_images": statistics.n,
         "profiles_after": tuple(
             profile(statistics, site.name, classes, kept_channels(found, plan, dense.get(site.name, site)))
-            for site in statistics.sites[:PROFILES]
+            for site in statistics.sites
+            if site.name in drawn
         ),
     }
 

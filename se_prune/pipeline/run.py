@@ -159,7 +159,9 @@ def run_recipe(
             operations=operations,
             **after,
             changed=details.changed_images(data.test, first, done.last),
-            hashes=details.hashes(data, (folder / "dense.safetensors", pruned, *written)),
+            hashes=details.hashes(
+                data, (*_checkpoint(recipe), folder / "dense.safetensors", pruned, *written)
+            ),
         )
         write_text(folder / "run.json", to_json(run, indent=1))
         write_text(folder / "MODEL_CARD.md", card.render(card.of_run(run, network.header, pruned.name)))
@@ -183,6 +185,12 @@ def _files(run: Run, folder: Path) -> dict[str, Path]:
     return {what: folder / name for what, name in names.items()} | {
         item.target: Path(item.output) for item in run.exported
     }
+
+
+def _checkpoint(recipe: RunRecipe) -> tuple[Path, ...]:
+    """Return the file that the model came from, where it came from one."""
+    path = Path(recipe.model.ref)
+    return (path,) if path.is_file() else ()
 
 
 def _require_known(recipe: RunRecipe) -> None:

@@ -250,3 +250,9 @@ def test_gates_of_the_pruned_network_are_measured_on_training_images():
     for site, gate in zip(network.sites, fields["profiles_after"], strict=True):
         assert list(gate.per_class) == ["a", "c"]
         assert len(gate.mean) == len(gate.channels) <= site.channels
+
+
+def test_of_many_sites_some_are_drawn_from_the_first_to_the_last():
+    assert details.spread_evenly(range(5), 24) == range(5)
+    found = details.spread_evenly(range(50), 24)
+    assert (len(set(found)), found[0], found[-1]) == (24, 0, 49)

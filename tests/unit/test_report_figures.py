@@ -114,6 +114,12 @@ def large_run(sites=16, channels=944, classes=30):
     return make_run(profiles=profiles, profiles_after=(), classes=names)
 
 
+def test_the_figure_says_where_it_has_not_every_site(run):
+    few = dataclasses.replace(run, profiles=run.profiles[:3])
+    assert "; 3 of 4 sites, spread evenly" in gates_figure(few).caption
+    assert "spread evenly" not in gates_figure(run).caption
+
+
 def test_large_profiles_are_thinned_to_fit_and_it_is_said():
     page = html.render([large_run(sites=32)] * 3)
     assert 4_000_000 < len(page.encode()) <= 6_000_000
