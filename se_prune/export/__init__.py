@@ -20,7 +20,12 @@ from se_prune.export.base import (
     size_of,
     subject,
 )
+from se_prune.export.coreml import COREML
+from se_prune.export.executorch import EXECUTORCH
+from se_prune.export.ncnn import NCNN
 from se_prune.export.onnx import ONNX
+from se_prune.export.openvino import OPENVINO
+from se_prune.export.torch_export import TORCH
 from se_prune.files import whole_files
 from se_prune.results import Exported
 
@@ -30,7 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TARGETS", "export", "require_target", "suffix_of"]
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ONNX,)}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (ONNX, OPENVINO, EXECUTORCH, COREML, NCNN, TORCH)
+}
 
 
 def export(
@@ -74,6 +81,7 @@ def export(
     for given in (images, calibration):
         if given is not None:
             _require_images(given, size)
+    _require_place(chosen, Path(output))
     chosen.require_packages()
     exported = subject(network, images, calibration=calibration, pixels=pixels)
     names = chosen.files(Path(output))
@@ -132,6 +140,22 @@ def require_target(target: str, *, quantised: bool = False, pixels: Pixels | Non
             others = ", ".join(sorted(name for name, t in TARGETS.items() if getattr(t, able)))
             raise UsageError(f"--to {target} does not go with {option}; {option} goes with {others}.")
     return chosen
+
+
+def _require_place(target: Target, output: Path) -> None:
+    """Check the name of the main file, and that no file of others takes the name of a further one.
+
+    Raises:
+        UsageError: The main file ends otherwise, or a further one is there without the main one.
+    """
+    if target is not ONNX and output.suffix != Path(f"net{target.suffix}").suffix:
+        raise UsageError(f"a file for {target.name} ends with {target.suffix}, got {output}; change -o.")
+    for other in target.files(output)[1:]:
+        if other.exists() and not output.exists():
+            raise UsageError(
+                f"the export would replace {other}, which belongs to something else, since there is no {output}; "
+                "choose another name with -o."
+            )
 
 
 def suffix_of(target: str) -> str:

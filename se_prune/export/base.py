@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,6 +98,7 @@ class Target:
             numbers, calibrated on the subject's images, and returns what it measured layer by layer.
         open: Opens a file to be run on the CPU, on so many threads.
         others: Suffixes of further files, which replace that of the main file.
+        importing: What the packages are imported in.
         takes_int8: Whether `write` can.
         takes_pixels: Whether bytes can be its input.
         unverifiable: Why this machine cannot run the file; None where it can.
@@ -111,6 +112,7 @@ class Target:
     write: Callable[[Subject, Path, bool], tuple[LayerNoise, ...]]
     open: Callable[[Path, Subject, int], Run]
     others: tuple[str, ...] = ()
+    importing: Callable[[], AbstractContextManager[None]] = nullcontext
     takes_int8: bool = False
     takes_pixels: bool = True
     unverifiable: Callable[[], str | None] = lambda: None
@@ -124,7 +126,7 @@ class Target:
         """
         for package in self.packages:
             try:
-                with quiet():
+                with quiet(), self.importing():
                     importlib.import_module(package)
             except ImportError as error:
                 raise SePruneError(

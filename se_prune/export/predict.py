@@ -64,13 +64,16 @@ def _onnx(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
 
 
 def _openvino(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would send usage data
     import openvino
 
     core = openvino.Core()
     model = core.read_model(path)
     known = json.loads(model.get_rt_info(["se_prune"]).astype(str))
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads})
-    return lambda images: compiled(images)[0], known
+    compiled = core.compile_model(
+        model, "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    )
+    return lambda images: np.array(compiled(images)[0]), known
 
 
 def _ncnn(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
