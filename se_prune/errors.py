@@ -42,6 +42,12 @@ class PeerError(SePruneError):
     """Another of several processes has ended, so that this one cannot go on."""
 
 
+class DropError(SePruneError):
+    """The accuracy fell more than the user allows; nothing was kept."""
+
+    exit_code = 3
+
+
 class Interrupted(SePruneError):  # noqa: N818 - nothing went wrong
     """The user stopped the work; what was done is saved, and the message says how to go on."""
 

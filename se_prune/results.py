@@ -175,21 +175,66 @@ class StageResult:
 
 
 @record
-class Exported:
-    """An exported file, checked against the torch network on real images; `max_abs_diff` of the logits.
+class LayerNoise:
+    """What whole numbers do at one layer, in dB: 10·log10(signal power / noise power).
 
-    `top1_agreement` is the share of the checked images with the same top-1 class; `latency_ms` the median
-    at batch 1.
+    `inside_db` is that of the layer's own output in the file, with all noise from before it; `alone_db` that of the
+    network's output where this layer alone is int8. None: nothing differs at all.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    layer: str
+    kind: str
+    inside_db: float | None
+    alone_db: float | None
+    kept_float: bool
+
+
+@record
+class Int8:
+    """An int8 file beside the float one of the same network and target.
+
+    Accuracies are of the `n` test images; None where no test images were given. `size_ratio` and `latency_ratio` are
+    int8 over float. `output_db` is the signal-to-noise ratio of the outputs on the checked images. `layers` is empty
+    where the target's tool does not let them be told apart.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    n: int
+    top1: float | None
+    top1_float: float | None
+    float_bytes: int
+    size_ratio: float
+    float_latency_ms: float
+    latency_ratio: float
+    output_db: float | None
+    calibration_images: int
+    layers: tuple[LayerNoise, ...] = ()
+
+
+@record
+class Exported:
+    """An exported file, checked against the torch network on real images; `max_abs_diff` of the outputs.
+
+    `bytes` counts all `files`; `relative_diff` is the difference relative to the largest output (or to 1, if all are
+    smaller); `top1_agreement` the share of the checked images with the same top-1 class; `latency_ms` the median at
+    batch 1. They are None where this machine cannot run the file, and `note` says why. `preprocessing` says what the
+    file takes: preprocessed floats, or bytes in a layout.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     target: str
     output: str
     bytes: int
-    max_abs_diff: float
-    top1_agreement: float
+    max_abs_diff: float | None
+    top1_agreement: float | None
     images_checked: int
-    latency_ms: float
+    latency_ms: float | None
+    relative_diff: float | None = None
+    files: tuple[str, ...] = ()
+    input: str = "float32 nchw"
+    note: str = ""
+    int8: Int8 | None = None
 
 
 @record

@@ -9,6 +9,7 @@ import typer
 
 from se_prune import text
 from se_prune.records import StepShape
+from se_prune_cli.exported import checked
 from se_prune_cli.output import Output, Progressed
 from se_prune_cli.tables import accuracy, costs, site_rows
 
@@ -63,9 +64,7 @@ def run_and_show(
         )
     for item in run.exported:
         out.console.print(
-            f"{item.target}: {item.output}, {text.file_size(item.bytes)}, largest difference "
-            f"{text.tiny(item.max_abs_diff)}, same top-1 on {text.percent(item.top1_agreement)} of "
-            f"{item.images_checked} images",
+            f"{item.target}: {item.output}, {text.file_size(item.bytes)}, {checked(item)}",
             highlight=False,
         )
     out.console.print(f"report: {outcome.files['report']}", highlight=False)

@@ -13,11 +13,10 @@ from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of
 from se_prune.data import DataSource, open_data
-from se_prune.data.source import Split, balanced_subset
 from se_prune.device import choose_device
 from se_prune.errors import UsageError
 from se_prune.evaluate import paired
-from se_prune.export import export, require_target
+from se_prune.export import export, require_target, suffix_of
 from se_prune.files import make_folder, require_shared, write_text
 from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
@@ -26,6 +25,7 @@ from se_prune.latency import measure_latency, torch_runner
 from se_prune.layers import layer_costs
 from se_prune.pipeline import details, measure
 from se_prune.pipeline.classes import for_classes
+from se_prune.pipeline.exporting import real_images
 from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.pipeline.progress import Progress
 from se_prune.pipeline.steps import Course, compress_in_steps
@@ -241,14 +241,8 @@ def _exports(
     for name in recipe.export:
         images = real_images(data.train, network, EXPORT_IMAGES)
         with show.stage(f"export to {name}", None):
-            results.append(export(network, name, folder / f"pruned.{name}", images))
+            results.append(export(network, name, folder / f"pruned{suffix_of(name)}", images))
     return tuple(results)
-
-
-def real_images(split: Split, network: Network, count: int) -> torch.Tensor:
-    """Return up to `count` preprocessed images (N, C, H, W), spread over the classes."""
-    subset = balanced_subset(split, count, 0)
-    return torch.cat([images for images, _ in subset.batches(256, network.header.preprocessing)])
 
 
 def _latency(

@@ -244,10 +244,13 @@ def _cost(card: Card) -> Iterator[str]:
             "network, median over rounds."
         )
     for item in card.exported:
+        size = f"Exported for {escape(item.target)}, {text.file_size(item.bytes)}"
+        if item.max_abs_diff is None or item.top1_agreement is None:
+            yield f"{size}: converted, not run on this machine."
+            continue
         yield (
-            f"Exported for {escape(item.target)}, {text.file_size(item.bytes)}: same top-1 as in torch on "
-            f"{text.percent(item.top1_agreement)} of {text.count(item.images_checked)} images, logits within "
-            f"{text.tiny(item.max_abs_diff)}."
+            f"{size}: same top-1 as in torch on {text.percent(item.top1_agreement)} of "
+            f"{text.count(item.images_checked)} images, logits within {text.tiny(item.max_abs_diff)}."
         )
 
 
