@@ -259,7 +259,7 @@ def synchronise(module: nn.Module) -> None:
     from torch import distributed
 
     with torch.no_grad(), _exchange():
-        for tensor in module.state_dict(keep_vars=True).values():
+        for tensor in (*module.parameters(), *module.buffers()):
             whole = tensor.detach().contiguous()
             distributed.broadcast(whole, 0)
             tensor.copy_(whole)
