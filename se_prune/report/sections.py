@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from se_prune import text
-from se_prune.report import figures, tables
+from se_prune.report import figures, search, tables
 from se_prune.report.figures import Key, Spec
 from se_prune.report.tables import Table
 from se_prune.results import GateProfile, Run
@@ -133,6 +133,7 @@ def of_run(run: Run, profile_chars: float | None) -> list[Section]:
     candidates = [
         _before_after(run),
         _stages(run),
+        _search(run),
         _channels(run),
         _gates(run, profile_chars),
         _classes(run),
@@ -193,6 +194,18 @@ def _stages(run: Run) -> Section | None:
             ),
         ),
         tables=(table,),
+    )
+
+
+def _search(run: Run) -> Section | None:
+    if run.max_drop is None:
+        return None
+    told = search.sentence(run.max_drop)
+    return Section(
+        key="search",
+        title="The smallest network within a drop",
+        paragraphs=(f"{told[0].upper()}{told[1:]}. Drops are in points; positive is a loss.",),
+        tables=(search.tries(run.max_drop),),
     )
 
 

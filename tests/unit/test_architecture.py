@@ -22,8 +22,9 @@ ORDER = (
     "files",  # writing whole files
     "device",
     "text",  # how numbers are written
-    "recipe",
     "schedule",  # steps of a cut
+    "recipe",
+    "keys",  # what a recipe may say
     "zoo",  # architectures
     "artifact",  # our own file, and the layer types that every stage shares
     "preprocessing",  # how a network wants its images
