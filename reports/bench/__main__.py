@@ -21,6 +21,8 @@ STUDIES = (
     "throughput",
     "recipes",
     "distill",
+    "schedules",
+    "max_drop",
 )
 
 
