@@ -44,6 +44,10 @@ class NotKept(SePruneError):  # noqa: N818 - nothing went wrong
     exit_code = 3
 
 
+class PeerError(SePruneError):
+    """Another of several processes has ended, so that this one cannot go on."""
+
+
 class Interrupted(SePruneError):  # noqa: N818 - nothing went wrong
     """The user stopped the work; what was done is saved, and the message says how to go on."""
 

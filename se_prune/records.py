@@ -390,13 +390,17 @@ class HistoryEntry:
 
 @record
 class ArtifactHeader:
-    """Everything that an artifact says beside its tensors; `folded` names the SE blocks that are gone."""
+    """Everything that an artifact says beside its tensors.
+
+    `folded` names the SE blocks that are gone, `plain` the convolutions that hold what they computed as weights.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
     arch: ArchSpec
     geometry: dict[str, Geometry] = field(default_factory=dict)
     folded: dict[str, FoldKind] = field(default_factory=dict)
+    plain: tuple[str, ...] = ()
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
     plan: Plan | None = None

@@ -19,10 +19,12 @@ STUDIES = (
     "discovery",
     "kills",
     "throughput",
+    "distributed",
     "recipes",
     "distill",
     "schedules",
     "max_drop",
+    "report",
 )
 
 

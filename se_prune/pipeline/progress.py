@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from se_prune import __version__, artifact
+from se_prune import __version__, artifact, distributed
 from se_prune.artifact import Network
 from se_prune.data import DataSource
 from se_prune.errors import CheckpointError, SePruneError
@@ -73,10 +73,11 @@ class Progress:
 
     def _known(self, mark: str) -> RunProgress | None:
         path = self.folder / FILE
-        if not path.exists():
+        text = distributed.from_main(lambda: path.read_text(encoding="utf-8") if path.exists() else None)
+        if text is None:
             return None
         try:
-            known = from_json(RunProgress, path.read_bytes(), what=str(path))
+            known = from_json(RunProgress, text, what=str(path))
         except SePruneError as error:
             raise CheckpointError(f"{error} Start again with --no-resume.") from error
         if known.fingerprint != mark and not known.cuts and not known.tries:
@@ -116,6 +117,7 @@ class Progress:
             repair_seconds=applied.repair_seconds,
         )
         self.note(cuts=(*self.record.cuts, cut))
+        distributed.barrier()  # all are going to read it
 
     def repaired(self, step: int) -> Network:
         """Return the repaired network that `keep` wrote."""
@@ -125,6 +127,7 @@ class Progress:
         """Write down the fine-tuned network of a step, and forget the state of its training."""
         artifact.save(self._tuned(step), network)
         self.note(tuned=step, tuned_seconds=seconds)
+        distributed.barrier()
         remove_folder(self.training(step))
 
     def tuned(self, step: int) -> Network | None:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from se_prune import __version__, artifact
+from se_prune import artifact, distributed
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of
 from se_prune.data import DataSource, open_data
 from se_prune.data.source import Split, balanced_subset
-from se_prune.device import choose_device, processor
+from se_prune.device import choose_device
 from se_prune.errors import UsageError
 from se_prune.evaluate import drop, paired
 from se_prune.export import export, require_target
-from se_prune.files import make_folder, write_text
+from se_prune.files import make_folder, require_shared, write_text
 from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
-from se_prune.gates.summary import profile, summarise
+from se_prune.gates.summary import summarise
 from se_prune.latency import measure_latency, torch_runner
 from se_prune.layers import layer_costs
-from se_prune.pipeline import measure
+from se_prune.pipeline import details, measure
 from se_prune.pipeline.classes import for_classes
 from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.pipeline.progress import Progress
@@ -35,7 +33,7 @@ from se_prune.pipeline.steps import Course, compress_in_steps
 from se_prune.planning import check_budget, check_ranges
 from se_prune.recipe import RunRecipe, check_run, table_budget, with_budget
 from se_prune.records import Budget
-from se_prune.report import write_report
+from se_prune.report import card, write_report
 from se_prune.results import Evaluation, Exported, Latency, MaxDrop, Run
 from se_prune.runtimes.ort import open_file
 from se_prune.schema import to_json
@@ -43,11 +41,8 @@ from se_prune.scoring.registry import find
 from se_prune.settings import SearchTable
 from se_prune.zoo.registry import shown
 
-PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
 #: Training images on which an export is checked, spread over the classes.
 EXPORT_IMAGES = 256
-#: Sites whose gate profiles stand in the report; more make the page too large.
-PROFILES = 24
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,10 +66,11 @@ def run_recipe(
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
 
-    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact.
+    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact. Of several
+    processes the main one alone writes, exports and times.
 
     Analysis, scores, repair, fine-tuning and the parity check of exports see training images; test images are
-    read by `evaluate` alone.
+    read by `evaluate` alone, and in the end some of those whose answer changed are shown in the report.
 
     Args:
         recipe: What to do.
@@ -102,39 +98,73 @@ def run_recipe(
     course.statistics = gates = _statistics(course, folder, earlier=statistics)
     done = compress_in_steps(course)
     network = done.network
-    files = {"artifact": folder / "pruned.safetensors"}
-    artifact.save(files["artifact"], network)
-    artifact.save(folder / "dense.safetensors", dense)
-    exported = _exports(network, recipe, folder, data, show)
-    run = Run(
-        name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
-        command=command,
-        arch=shown(dense.header.arch),
-        data=data.name,
-        classes=data.classes,
-        seed=recipe.seed,
-        environment=environment(target),
-        plan=done.cut.plan,
-        cost_before=found.cost,
-        cost_after=done.cut.after,
-        bytes_before=bytes_of(folder / "dense.safetensors"),
-        bytes_after=bytes_of(files["artifact"]),
-        max_abs_diff_masked=done.max_abs_diff_masked,
-        stages=course.progress.record.stages,
-        paired=paired(first, done.last, data.test),
-        latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
-        sites=() if gates is None else summarise(gates),
-        profiles=() if gates is None else tuple(profile(gates, site.name) for site in gates.sites[:PROFILES]),
-        exported=exported,
-        max_drop=None if search is None else _proof(course, search, first, done.last),
-    )
-    files["run"] = folder / "run.json"
-    write_text(files["run"], to_json(run, indent=1))
-    page, markdown, _ = write_report([run], folder / "report.html")
-    files |= {"report": page, "markdown": markdown}
-    files |= {item.target: Path(item.output) for item in exported}
-    course.progress.finish()
-    return RunOutcome(run=run, network=network, files=files)
+    shown_gates = details.profiles(gates)
+    after: dict[str, Any] = {}
+    if gates is not None:
+        names = tuple(shown_gates[0].per_class)
+        after = details.gates_after(
+            network, data, found, done.cut.plan, names, device=target, seed=recipe.seed, show=show
+        )
+
+    def concluded() -> Run:
+        artifact.save(pruned := folder / "pruned.safetensors", network)
+        artifact.save(folder / "dense.safetensors", dense)
+        exported = _exports(network, recipe, folder, data, show)
+        written = [Path(item.output) for item in exported]
+        latency = _latency(dense, network, data, folder, recipe=recipe, device=target, show=show)
+        with show.stage("times of layers", None):
+            runtime = "torch" if latency is None else latency[1].runtime
+            parts, operations = details.operations(dense, network, found, runtime, folder)
+        run = Run(
+            name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
+            command=command,
+            arch=shown(dense.header.arch),
+            data=data.name,
+            classes=data.classes,
+            seed=recipe.seed,
+            environment=details.environment(target),
+            plan=done.cut.plan,
+            cost_before=found.cost,
+            cost_after=done.cut.after,
+            bytes_before=bytes_of(folder / "dense.safetensors"),
+            bytes_after=bytes_of(pruned),
+            max_abs_diff_masked=done.max_abs_diff_masked,
+            stages=course.progress.record.stages,
+            paired=paired(first, done.last, data.test),
+            latency=latency,
+            sites=() if gates is None else summarise(gates),
+            profiles=shown_gates,
+            exported=exported,
+            labels=tuple(data.test.labels.tolist()),
+            parts=parts,
+            operations=operations,
+            **after,
+            max_drop=None if search is None else _proof(course, search, first, done.last),
+            changed=details.changed_images(data.test, first, done.last),
+            hashes=details.hashes(data, (folder / "dense.safetensors", pruned, *written)),
+        )
+        write_text(folder / "run.json", to_json(run, indent=1))
+        write_text(folder / "MODEL_CARD.md", card.render(card.of_run(run, network.header, pruned.name)))
+        write_report([run], folder / "report.html")
+        course.progress.finish()
+        return run
+
+    run = distributed.record_from_main(Run, concluded)
+    return RunOutcome(run=run, network=network, files=_files(run, folder))
+
+
+def _files(run: Run, folder: Path) -> dict[str, Path]:
+    """Return the files of a run by what they are."""
+    names = {
+        "artifact": "pruned.safetensors",
+        "run": "run.json",
+        "card": "MODEL_CARD.md",
+        "report": "report.html",
+        "markdown": "report.md",
+    }
+    return {what: folder / name for what, name in names.items()} | {
+        item.target: Path(item.output) for item in run.exported
+    }
 
 
 def _course(recipe: RunRecipe, folder: Path, *, device: str, resume: bool, show: measure.Reporter) -> Course:
@@ -158,6 +188,7 @@ def _course(recipe: RunRecipe, folder: Path, *, device: str, resume: bool, show:
         widths: dict[str, Any] = {"round_to": rounding, "min_channels": table.min_channels}
         check_budget(found.couplings, costs, budget, **widths, hidden=table.hidden)
     make_folder(folder)
+    require_shared(folder)
     return Course(
         recipe=recipe,
         dense=dense,
@@ -220,6 +251,7 @@ def _statistics(course: Course, folder: Path, *, earlier: Path | None) -> Statis
         )
         measured.save(path)
         course.progress.note(statistics=True)
+        distributed.barrier()  # all are going to read it
     return Statistics.load(path)
 
 
@@ -272,21 +304,3 @@ def _latency(
     dense.module.cpu()
     cut.module.cpu()
     return first, second
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Return versions and hardware, for the report."""
-    result = {
-        "se-prune": __version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-    for name in PACKAGES:
-        try:
-            result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from se_prune import distributed
 from se_prune.data import DataSource
 from se_prune.errors import BudgetError, NotKept
 from se_prune.evaluate import drop
@@ -107,10 +108,11 @@ def _statistics(course: Course) -> Statistics | None:
     path = course.progress.folder / "statistics.safetensors"
     if not course.found.sites:
         return None
-    if not path.exists():
+    if not distributed.from_main(path.exists):
         measure.analyze(
             course.dense, course.data, device=course.device, seed=course.recipe.seed, reporter=course.show
         ).save(path)
+        distributed.barrier()  # all are going to read it
     return Statistics.load(path)
 
 

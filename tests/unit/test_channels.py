@@ -172,31 +172,6 @@ def test_channels_that_a_gate_mixes_with_their_neighbours_are_refused(gates):
     assert verify(model, cut(model, IMAGES, plan), tuple(found.values()), plan, IMAGES) <= 1e-9
 
 
-class Standardised(nn.Conv2d):
-    """A convolution whose rows are standardised over their inputs, or only scaled."""
-
-    def __init__(self, *sizes, center):
-        super().__init__(*sizes)
-        self.center, self.gain = center, nn.Parameter(torch.rand(sizes[1], 1, 1, 1))
-
-    def forward(self, x):
-        mean = self.weight.mean((1, 2, 3), keepdim=True) if self.center else 0.0
-        return self._conv_forward(x, self.gain * (self.weight - mean), self.bias)
-
-
-@pytest.mark.parametrize("center", [True, False])
-def test_convolutions_that_mix_the_weights_of_their_inputs_are_refused(center):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Standardised(4, 5, 1, center=center), nn.Conv2d(5, 2, 8)).eval()
-    found = groups_of(model)
-    reason = "1 computes its weights from all its inputs together" if center else None
-    assert found["0"].group.reason == reason
-    assert found["1"].group.prunable
-    plan = planned(found, "1", (1, 2))
-    result = cut(model, IMAGES, plan)
-    assert result[1].gain.shape == (3, 1, 1, 1)
-    assert verify(model, result, tuple(found.values()), plan, IMAGES) <= 1e-9
-
-
 def test_bare_parameters_are_refused():
     found = groups_of(Middle(Scaled()))
     assert found["a"].group.reason == "a bare parameter depends on it"
