@@ -34,7 +34,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one step": ({}, {}),
     "cubic, 3 steps": ({"steps": 3, "shape": "cubic"}, {}),
     "geometric, 3 steps": ({"steps": 3, "shape": "geometric"}, {}),
-    "geometric, 3 steps, group lasso 1e-3": ({"steps": 3, "shape": "geometric"}, {"group_lasso": 1e-3}),
+    "geometric, 3 steps, group lasso 0.01": ({"steps": 3, "shape": "geometric"}, {"group_lasso": 0.01}),
 }
 FIRST = "one step"
 Job = tuple[int, str, str]
