@@ -22,6 +22,8 @@ STUDIES = (
     "distributed",
     "recipes",
     "distill",
+    "schedules",
+    "max_drop",
     "report",
     "graph_cost",
 )
