@@ -110,7 +110,7 @@ def run_recipe(
         artifact.save(pruned := folder / "pruned.safetensors", network)
         artifact.save(folder / "dense.safetensors", dense)
         exported = _exports(network, recipe, folder, data, show)
-        written = [Path(item.output) for item in exported]
+        written = [Path(name) for item in exported for name in item.files or (item.output,)]
         latency = _latency(dense, network, data, folder, recipe=recipe, device=target, show=show)
         with show.stage("times of layers", None):
             runtime = "torch" if latency is None else latency[1].runtime
