@@ -20,6 +20,8 @@ STUDIES = (
     "kills",
     "throughput",
     "recipes",
+    "export",
+    "int8",
 )
 
 
