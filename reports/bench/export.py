@@ -133,10 +133,10 @@ def report() -> None:
         "# Export\n",
         "Every target that was installed, on the bundled networks (trained) and on timm's with random weights and BN "
         f"statistics of real images; dense, and with {SPARSITY:.0%} of the channels gone (L2 norms, fresh BN "
-        "statistics). Each file is compared with torch on Fashion-MNIST images, resized: 64 for the bundled networks, 16 for the others. "
-        f"{len(known)} of {len(kinds) * len(TARGETS)} files were compared; the largest difference, relative to the "
-        f"largest logit, is {worst:.1e} (allowed: 1e-03), and {agreeing} of {len(known)} give the same top-1 class "
-        "for every image.\n",
+        "statistics). Each file is compared with torch on Fashion-MNIST images, resized: 64 for the bundled networks, "
+        f"16 for the others. {len(known)} of {len(kinds) * len(TARGETS)} files were compared; the largest difference, "
+        f"relative to the largest logit, is {worst:.1e} (allowed: 1e-03), and {agreeing} of {len(known)} give the "
+        "same top-1 class for every image.\n",
         "## Largest difference, relative to the largest logit; share of equal top-1\n",
         _table(kinds, targets, found, _parity),
         "## Size\n",
