@@ -16,14 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from se_prune.computed import computes_weights, plain_like
 from se_prune.errors import CheckpointError, SePruneError, UsageError
 from se_prune.files import write_tensors
+from se_prune.fixed import filter_of, follow, resize_filter, width_lists
 from se_prune.records import ArchSpec, ArtifactHeader, FoldKind, Geometry
 from se_prune.schema import from_json, to_json
 from se_prune.zoo import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 HEADER_KEY = "se_prune"
 CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,6 +52,9 @@ def geometry(module: nn.Module) -> Geometry | None:
         return Geometry(in_channels=module.in_features, out_channels=module.out_features)
     if isinstance(module, NORM_TYPES):
         return Geometry(in_channels=module.num_features, out_channels=module.num_features)
+    if filter_of(module) is not None:
+        channels = int(vars(module)["channels"])
+        return Geometry(in_channels=channels, out_channels=channels, groups=channels)
     return None
 
 
@@ -71,6 +76,39 @@ def merged_geometry(before: Network, after: nn.Module) -> dict[str, Geometry]:
     return {name: size for name, size in sizes.items() if name in names}
 
 
+def made_plain(before: Network, after: nn.Module) -> tuple[str, ...]:
+    """Return the convolutions of `after` that hold the weights which their dense ones compute."""
+    modules = dict(before.module.named_modules())
+    new = [
+        name
+        for name, module in after.named_modules()
+        if name in modules
+        and computes_weights(modules[name])
+        and not computes_weights(module)
+        and isinstance(module, CONV_TYPES)
+    ]
+    return (*before.header.plain, *new)
+
+
+def make_plain(module: nn.Module, names: Sequence[str], *, what: str) -> None:
+    """Put plain convolutions in the place of those that compute their weights; theirs are still to be loaded.
+
+    Raises:
+        CheckpointError: A name is of no such convolution.
+    """
+    for name in names:
+        layer = dict(module.named_modules()).get(name)
+        if layer is None or not computes_weights(layer):
+            raise CheckpointError(f"{what} calls '{name}' plain, which computes no weights; it is damaged.")
+        replace_module(module, name, plain_like(layer))
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another, by its name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
 def weight_shape(module: nn.Module, size: Geometry) -> tuple[int, ...]:
     """Return the shape of a layer's weight at a recorded size.
 
@@ -89,6 +127,11 @@ def weight_shape(module: nn.Module, size: Geometry) -> tuple[int, ...]:
         return (size.out_channels, size.in_channels)
     if isinstance(module, NORM_TYPES):
         return (size.out_channels,)
+    kernel = filter_of(module)
+    if kernel is not None:
+        if not size.in_channels == size.out_channels == size.groups:
+            raise impossible
+        return (size.out_channels, *getattr(module, kernel).shape[1:])
     raise CheckpointError(f"the artifact resizes a {type(module).__name__}, which has no channels.")
 
 
@@ -99,6 +142,9 @@ def resize(module: nn.Module, size: Geometry) -> None:
         CheckpointError: The layer is of another kind, or the size is impossible.
     """
     shape = weight_shape(module, size)
+    if filter_of(module) is not None:
+        resize_filter(module, size.out_channels)
+        return
     if isinstance(module, CONV_TYPES):
         module.in_channels, module.out_channels, module.groups = (
             size.in_channels,
@@ -195,6 +241,7 @@ def load(path: str | Path, *, trust: str | None = None) -> Network:
     module = _dense(header.arch, state, str(path)) if own else registry.build(header.arch)
     _require_blocks(module, header.folded, what=str(path))
     replace_blocks(module, header.folded)
+    make_plain(module, header.plain, what=str(path))
     apply_geometry(module, header.geometry, state, what=str(path))
     return Network(module=module.eval(), header=header)
 
@@ -236,14 +283,23 @@ def apply_geometry(
         CheckpointError: A layer or a tensor is missing, left over, or of another shape.
     """
     modules = dict(module.named_modules())
+    lists = list(width_lists(module))
+    largest = max((side for tensor in state.values() for side in tensor.shape), default=0)
     for name, size in sizes.items():
         if name not in modules:
             raise CheckpointError(f"{what} resizes '{name}', which its architecture does not have.")
         shape = weight_shape(modules[name], size)
         stored = state.get(f"{name}.weight", state.get(f"{name}.running_mean"))
-        if stored is None or stored.shape != shape:
+        fits = stored is not None and stored.shape == shape
+        if filter_of(modules[name]) is not None:
+            fits = (
+                size.out_channels <= largest
+            )  # a filter need not be stored; it is no wider than what it reads
+        if not fits:
             raise CheckpointError(f"{what}: the recorded size of '{name}' does not fit its tensor.")
         resize(modules[name], size)
+    for holder, name in lists:
+        follow(holder, name)
     own = module.state_dict()
     given = {k: v.to(own[k].dtype, copy=True) if k in own else v for k, v in state.items()}
     try:
@@ -279,7 +335,6 @@ def replace_blocks(
             `apply_geometry`.
     """
     for name, kind in kinds.items():
-        parent, _, leaf = name.rpartition(".")
         new: nn.Module = nn.Identity()
         if kind == "scale":
             like = next(module.get_submodule(name).parameters())
@@ -287,7 +342,7 @@ def replace_blocks(
             new = nn.Conv2d(len(value), len(value), 1, groups=len(value), bias=False).to(like)
             with torch.no_grad():
                 new.weight.copy_(value.view(-1, 1, 1, 1))
-        setattr(module.get_submodule(parent), leaf, new.train(module.training))
+        replace_module(module, name, new.train(module.training))
 
 
 def short_mismatch(error: RuntimeError, limit: int = 3) -> str:

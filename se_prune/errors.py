@@ -38,6 +38,10 @@ class SurgeryError(SePruneError):
     """The network cannot be cut, or the cut network does not equal its masked twin."""
 
 
+class PeerError(SePruneError):
+    """Another of several processes has ended, so that this one cannot go on."""
+
+
 class DropError(SePruneError):
     """The accuracy fell more than the user allows; nothing was kept."""
 

@@ -1,4 +1,7 @@
-"""Files appear whole or not at all, and what a killed write left behind goes at the next one."""
+"""Files appear whole or not at all, and what a killed write left behind goes at the next one.
+
+Of several processes (`se_prune.distributed`) the main one alone writes and removes.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,19 @@ import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from se_prune.errors import SePruneError
+from se_prune import distributed
+from se_prune.errors import SePruneError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
+#: Seconds until a file that another machine has written must be seen on a shared disk.
+SEEN_AFTER = 10.0
 #: How temporary folders end, and the file in them that their writer holds locked.
 FOLDER, LOCK = ".parts", "writing"
 
@@ -30,6 +37,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         SePruneError: The folder cannot be written, or the disk is full; `path` is left as it was.
     """
+    if not distributed.is_main():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere) / Path(path).name
+        return
     target = Path(path).resolve()  # a link stays a link
     temporary: Path | None = None
     handle = -1
@@ -158,6 +169,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not distributed.is_main():
+        return
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with whole_file(path) as temporary:
         try:
@@ -186,6 +199,8 @@ def require_writable(path: str | Path) -> None:
     Raises:
         SePruneError: The folder cannot be made or written, or `path` is a folder.
     """
+    if not distributed.is_main():
+        return
     target = Path(path).resolve()
     try:
         _require_regular(target)
@@ -203,6 +218,8 @@ def make_folder(path: str | Path) -> None:
     Raises:
         SePruneError: It cannot be made, or a file stands in its place.
     """
+    if not distributed.is_main():
+        return
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -217,6 +234,8 @@ def remove_folder(path: str | Path) -> None:
     Raises:
         SePruneError: It cannot be removed.
     """
+    if not distributed.is_main():
+        return
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
@@ -225,6 +244,28 @@ def remove_folder(path: str | Path) -> None:
         raise SePruneError(
             f"cannot remove {error.filename or path}: {error.strerror or error}; remove it by hand."
         ) from error
+
+
+def require_shared(folder: Path) -> None:
+    """Check that the processes of all machines see what the main one writes in a folder, where it is.
+
+    Raises:
+        UsageError: They do not.
+    """
+    if distributed.machines() == 1:
+        return
+    name = distributed.from_main(lambda: Path(tempfile.mkstemp(prefix=".shared.", dir=folder)[1]).name)
+    deadline, seen = time.monotonic() + SEEN_AFTER, False
+    while not seen and time.monotonic() < deadline:
+        seen = folder.is_dir() and name in os.listdir(folder)  # noqa: PTH208 - asks the server anew
+        time.sleep(0.0 if seen else 0.2)
+    everywhere = all(distributed.gather(seen))
+    if distributed.is_main():
+        (folder / name).unlink()
+    if not everywhere:
+        raise UsageError(
+            f"the machines do not share {folder}; put the output in a folder that all of them have mounted."
+        )
 
 
 def cache_folder() -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from se_prune.errors import SePruneError, UsageError, nearest
-from se_prune.records import Budget, HiddenPolicy, RepairMode
+from se_prune.records import Budget, HiddenPolicy, RepairMode, StepShape
 from se_prune.schema import FORBID_EXTRA, from_dict, record
 from se_prune.settings import MAX_BAD_IMAGES, TrainSettings
 
@@ -48,6 +48,11 @@ class ApplyTable:
         macs: Budget: the fraction of multiply-adds that stays, 0 to 1.
         params: Budget: the fraction of parameters that stays, 0 to 1.
         criterion: How channels are scored, as `se-prune apply --criterion` takes it.
+        steps: So many times the network is cut, repaired and fine-tuned, measured anew each time; the budget, of
+            channels, MACs or parameters, is met by the last. Every step but the last has epochs / (2 · steps) of the
+            epochs of `[finetune]`, in whole epochs and at least one; the last has the rest.
+        shape: What leaves in each step: as much each time (`linear`), most of it first, as (1 - t)³ falls (`cubic`),
+            or the same share of what is left (`geometric`).
         round_to: Cut groups keep a multiple of so many channels.
         min_channels: No group keeps fewer channels.
         hidden: Hidden units of SE blocks leave by their own scores (`prune`), in proportion to the channels that they
@@ -71,6 +76,8 @@ class ApplyTable:
     runtime: str = "onnxruntime"
     threads: int = 1
     criterion: str = "excitation"
+    steps: int = 1
+    shape: StepShape = "cubic"
     round_to: int | Literal["auto"] = 1
     min_channels: int = 2
     hidden: HiddenPolicy = "tie"
@@ -224,11 +231,32 @@ def read_run(path: Path) -> RunRecipe:
             f'{path}: fold_gates takes "none", "auto", "all", a number, or names, got a truth value.'
         )
     recipe: RunRecipe = _checked(RunRecipe, values, str(path))
-    folds = str(recipe.apply.fold_gates) not in {"none", "0"}
-    table_budget(recipe.apply, folds=folds)
-    if recipe.finetune is not None:
-        _check_ranges(recipe.finetune, f"[finetune] of {path}")
+    check_run(recipe, str(path))
     return recipe
+
+
+def check_run(recipe: RunRecipe, what: str) -> None:
+    """Check what the types of a recipe's keys do not say.
+
+    Raises:
+        UsageError: A value is out of range, or keys do not go together.
+    """
+    table = recipe.apply
+    budget = table_budget(table, folds=str(table.fold_gates) not in {"none", "0"})
+    if recipe.finetune is not None:
+        _check_ranges(recipe.finetune, f"[finetune] of {what}")
+    if table.steps < 1:
+        raise UsageError(f"{what}: steps must be at least 1, got {table.steps}.")
+    if table.steps > 1 and budget.timed:
+        raise UsageError(
+            f"{what}: {table.steps} steps need a budget of channels, MACs or parameters; put macs in place of "
+            f"{budget.kind}, or steps = 1."
+        )
+    if recipe.finetune is not None and recipe.finetune.epochs < table.steps:
+        raise UsageError(
+            f"{what}: {table.steps} steps need as many epochs of fine-tuning at least, got {recipe.finetune.epochs}; "
+            "raise epochs, or take fewer steps."
+        )
 
 
 def train_settings(path: Path | None, table: Literal["train", "finetune"], **overrides: Any) -> TrainSettings:

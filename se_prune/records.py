@@ -114,6 +114,8 @@ GroupKind = Literal["gated", "stream", "inner", "hidden"]
 RepairMode = Literal["refit", "bn", "none"]
 #: Hidden units leave by their own scores, in proportion to the channels that they gate, or not at all.
 HiddenPolicy = Literal["prune", "tie", "keep"]
+#: How the steps of a cut share what leaves: alike, most of it first, or the same share of what is left each time.
+StepShape = Literal["linear", "cubic", "geometric"]
 #: What stands where an SE block was: nothing, or a depthwise 1×1 convolution.
 FoldKind = Literal["identity", "scale"]
 
@@ -390,13 +392,17 @@ class HistoryEntry:
 
 @record
 class ArtifactHeader:
-    """Everything that an artifact says beside its tensors; `folded` names the SE blocks that are gone."""
+    """Everything that an artifact says beside its tensors.
+
+    `folded` names the SE blocks that are gone, `plain` the convolutions that hold what they computed as weights.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
     arch: ArchSpec
     geometry: dict[str, Geometry] = field(default_factory=dict)
     folded: dict[str, FoldKind] = field(default_factory=dict)
+    plain: tuple[str, ...] = ()
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
     plan: Plan | None = None

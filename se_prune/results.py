@@ -86,8 +86,9 @@ class OperationTime:
     """One operation of a network in a runtime: lower quartile of its milliseconds over runs of one batch.
 
     `layer` is the layer of the torch network that it computes, or None; `into`, `out` and `macs` (of the batch) are
-    that layer's, 0 without. `aligned_ms` is the share of `ms` that it would take with both widths rounded up to
-    multiples of 8, measured on the layer alone; None where they are multiples already.
+    that layer's, 0 without. `part` is where in the network it runs: stem, a stage, SE blocks, head. `aligned_ms` is the
+    share of `ms` that it would take with both widths rounded up to multiples of 8, measured on the layer alone; None
+    where they are multiples already.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -98,28 +99,79 @@ class OperationTime:
     into: int = 0
     out: int = 0
     macs: int = 0
+    part: str = ""
     aligned_ms: float | None = None
 
 
 @record
 class GateProfile:
-    """The gate of one site by channel: the all-class mean and spread, and the mean per class (Figure 5)."""
+    """The gate of one site by channel: the all-class mean and spread, and the mean per class (Figure 5).
+
+    `per_class_std` is the spread within a class. `channels` are the dense network's numbers of the channels, where a
+    cut network has others.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     site: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     per_class: dict[str, tuple[float, ...]]
+    per_class_std: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    channels: tuple[int, ...] = ()
+
+
+@record
+class GateReport:
+    """What `analyze` shows of a network's gates on `n` training images; `environment` as in `Run`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    command: str
+    data: str
+    n: int
+    seed: int
+    outlook: str
+    environment: dict[str, str]
+    sites: tuple[SiteSummary, ...]
+    profiles: tuple[GateProfile, ...]
+
+
+@record
+class ChangedImage:
+    """A test image that two networks answer differently, small: a file of type `mime`, its `data` in base64.
+
+    `index` is its place in the test split; `label`, `first` and `second` (the two answers) are classes by number.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    index: int
+    label: int
+    first: int
+    second: int
+    mime: Literal["image/png", "image/jpeg"]
+    data: str
 
 
 @record
 class StageResult:
-    """Accuracy after one stage of a run: dense, cut, repaired, fine-tuned; `seconds` the stage took."""
+    """Accuracy after one stage of a run: dense, cut, repaired, fine-tuned; `seconds` the stage took.
+
+    `step` (from 1) is that of a run in several steps, None of a run in one and of the dense network; `macs` are those
+    of the network at this stage (None in records of earlier versions).
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     stage: Literal["dense", "cut", "repaired", "fine-tuned"]
     evaluation: Evaluation
     seconds: float
+    step: int | None = None
+    macs: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The stage with its step, where there are several."""
+        return self.stage if self.step is None else f"{self.stage}, step {self.step}"
 
 
 @record
@@ -187,7 +239,14 @@ class Exported:
 
 @record
 class Run:
-    """All that a report shows of one compression run; nothing in it is computed by the report."""
+    """All that a report shows of one compression run.
+
+    `labels` are those of the test images, in the order of each stage's predictions. `parts` says in which part of the
+    network (stem, a stage, SE blocks, head) a layer is, and `operations` how long each takes in the dense and the
+    pruned network. `sites_after` and `profiles_after` are the pruned network's, on as many training images as
+    `gate_images`. `changed` are some of the test images whose answer changed, and `hashes` the SHA-256 of files and
+    data.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -210,3 +269,11 @@ class Run:
     sites: tuple[SiteSummary, ...] = ()
     profiles: tuple[GateProfile, ...] = ()
     exported: tuple[Exported, ...] = ()
+    labels: tuple[int, ...] = ()
+    parts: dict[str, str] = field(default_factory=dict)
+    operations: tuple[tuple[OperationTime, ...], tuple[OperationTime, ...]] | None = None
+    sites_after: tuple[SiteSummary, ...] = ()
+    profiles_after: tuple[GateProfile, ...] = ()
+    gate_images: int = 0
+    changed: tuple[ChangedImage, ...] = ()
+    hashes: dict[str, str] = field(default_factory=dict)

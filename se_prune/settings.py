@@ -18,7 +18,7 @@ class TrainSettings:
 
     Attributes:
         epochs: Passes over the training images.
-        batch_size: Images of one forward pass.
+        batch_size: Images of one forward pass; under torchrun of all processes together.
         accumulate: Forward passes of one step; the gradient is their mean.
         optimizer: SGD with Nesterov momentum, or AdamW.
         lr: The largest learning rate.
@@ -40,6 +40,8 @@ class TrainSettings:
         cutmix: Alpha of CutMix; 0 for none.
         mix_prob: Probability that a batch is mixed at all.
         clip_norm: Largest norm of the gradient; 0 for no bound.
+        sync_bn: Under torchrun, BN takes its statistics over the whole batch (`on`) or over each process's share
+            (`off`); `auto` is on where a share has fewer than 32 images.
         amp: Mixed precision; `auto` is bf16 where the device computes in it, else fp16 on GPUs.
         channels_last: Memory layout (N, H, W, C).
         compile: Compile the network with torch.compile.
@@ -75,6 +77,7 @@ class TrainSettings:
     cutmix: float = 0.0
     mix_prob: float = 1.0
     clip_norm: float = 0.0
+    sync_bn: Literal["auto", "on", "off"] = "auto"
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     channels_last: bool = True
     compile: bool = False

@@ -1,13 +1,33 @@
-"""Running a recipe and showing what came of it, for `run` and `demo`."""
+"""Running a recipe and showing what came of it, for `run` and `demo`; options that take the place of its keys."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from se_prune import text
+from se_prune.records import StepShape
 from se_prune_cli.exported import checked
 from se_prune_cli.output import Output, Progressed
 from se_prune_cli.tables import accuracy, costs, site_rows
+
+if TYPE_CHECKING:
+    from se_prune.recipe import RunRecipe
+
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="Cut, repair and fine-tune in so many steps, measuring anew at each; shares the epochs."
+    ),
+]
+Shape = Annotated[StepShape | None, typer.Option(help="What leaves in each of the steps.")]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def run_and_show(
@@ -19,30 +39,21 @@ def run_and_show(
     device: str,
     seed: int | None,
     resume: bool,
-    data: str | None = None,
-    workers: int | None = None,
+    **options: Any,
 ) -> None:
     """Run a recipe into a folder and print its tables; options that are given come before its keys."""
-    from dataclasses import replace
-
-    from se_prune.data.source import reference_name
     from se_prune.pipeline import run_recipe
     from se_prune.recipe import find_recipe, read_run
     from se_prune.report.sections import verdict
 
-    chosen = read_run(find_recipe(recipe))
-    if seed is not None:
-        chosen, command = replace(chosen, seed=seed), f"{command} --seed {seed}"
-    if data is not None:
-        chosen, command = replace(chosen, data=data), f"{command} --data {reference_name(data)}"
-    if workers is not None:
-        chosen = replace(chosen, workers=workers)
+    chosen, told = _overridden(read_run(find_recipe(recipe)), given(seed=seed, **options))
+    command = f"{command}{told}"
     outcome = run_recipe(chosen, folder, command=command, device=device, reporter=Progressed(), resume=resume)
     run = outcome.run
     if run.sites:
         out.table("gates on training images", *site_rows(run.sites))
     out.table("cost of one image", *costs(run.cost_before, run.cost_after))
-    out.table("accuracy on test images", *accuracy([(s.stage, s.evaluation) for s in run.stages]))
+    out.table("accuracy on test images", *accuracy([(s.label, s.evaluation) for s in run.stages]))
     out.console.print(verdict(run), highlight=False)
     if run.latency is not None:
         dense, cut = run.latency
@@ -69,3 +80,18 @@ def run_and_show(
             "files": {name: str(path) for name, path in outcome.files.items()},
         }
     )
+
+
+def _overridden(recipe: RunRecipe, options: dict[str, Any]) -> tuple[RunRecipe, str]:
+    """Return a recipe with the options in place of its keys, and the options as the report tells them."""
+    from dataclasses import replace
+
+    from se_prune.data.source import reference_name
+
+    of_apply = {name: options[name] for name in ("steps", "shape") if name in options}
+    others = {name: options[name] for name in ("seed", "data", "workers") if name in options}
+    shown = {name: value for name, value in options.items() if name != "workers"}
+    if "data" in shown:
+        shown["data"] = reference_name(shown["data"])
+    told = "".join(f" --{name.replace('_', '-')} {value}" for name, value in shown.items())
+    return replace(recipe, **others, apply=replace(recipe.apply, **of_apply)), told

@@ -8,7 +8,6 @@ opened from `runs/trained/`, where the recipes `fashion_*.toml` are to leave the
 
 from __future__ import annotations
 
-import base64
 import itertools
 import math
 import multiprocessing as mp
@@ -16,9 +15,9 @@ import statistics as stats
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from rich.progress import track
 
+from reports.bench.answers import images, paired_p, right, top1
 from reports.bench.common import (
     FOLDER,
     NETWORKS,
@@ -99,8 +98,8 @@ def _by_criterion(job: Job) -> dict[str, Any]:
         )
         applied = apply_plan(network, found, chosen, device=device, data=data, repair=repair, seed=seed)
         if repair == "bn":
-            row["none"] = _right(Network(module=applied.cut, header=applied.network.header), data)
-        row[repair] = _right(applied.network, data)
+            row["none"] = right(Network(module=applied.cut, header=applied.network.header), data)
+        row[repair] = right(applied.network, data)
         row["macs"] = applied.after.macs / applied.before.macs
     row["finetuned"] = _finetuned(applied.network, network, data, seed)
     return row
@@ -114,7 +113,7 @@ def _finetuned(cut: Any, dense: Any, data: Any, seed: int) -> str:
 
     settings = train_settings(None, "finetune", **{**FINETUNE_DEFAULTS, **SETTINGS})
     device = torch.device("cpu")
-    return _right(finetune(cut, data, settings, device=device, teacher=dense, seed=seed), data)
+    return right(finetune(cut, data, settings, device=device, teacher=dense, seed=seed), data)
 
 
 def _by_pruner(job: Job) -> dict[str, Any]:
@@ -132,12 +131,12 @@ def _by_pruner(job: Job) -> dict[str, Any]:
     module, macs = _pruned(dense, kept, whole=pruner.endswith("global"))
     cut = Network(module=module, header=dense.header)
     row: dict[str, Any] = {"network": name, "criterion": pruner, "kept": kept, "seed": seed, "macs": macs}
-    row["none"] = _right(cut, data)
+    row["none"] = right(cut, data)
     row["finetuned"] = _finetuned(cut, dense, data, seed)
     recalibrated = Network(module=clone(module), header=dense.header)
     subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
     recalibrate_bn(recalibrated.module, subset, dense.header.preprocessing, device=torch.device("cpu"))
-    row["bn"] = _right(recalibrated, data)
+    row["bn"] = right(recalibrated, data)
     return row
 
 
@@ -185,22 +184,6 @@ def _step(model: Any, example: Any, ratio: float, *, whole: bool) -> None:
     ).step()
 
 
-def _right(network: Any, data: Any) -> str:
-    """Return which test images a network gets right, one bit each, in base 85."""
-    import torch
-
-    from se_prune.pipeline import assess
-
-    result = assess(network, data, device=torch.device("cpu"))[1]
-    right = np.array(result.predictions) == data.test.labels.numpy()
-    return base64.b85encode(np.packbits(right).tobytes()).decode()
-
-
-def _images(bits: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return 1.0 per test image that was right; the count of images is a multiple of 8."""
-    return np.unpackbits(np.frombuffer(base64.b85decode(bits), dtype=np.uint8)).astype(np.float64)
-
-
 def _key(row: dict[str, Any]) -> Job:
     return row["network"], row["criterion"], row["kept"], row["seed"]
 
@@ -230,7 +213,7 @@ def report() -> None:
         body.append(f"## {name}, {title}\n")
         body.append(_table(mine, phase))
     body.append("In brackets: how many seeds.\n")
-    summary = [{k: _top1(v) if k in PHASES else v for k, v in row.items()} for row in rows]
+    summary = [{k: top1(v) if k in PHASES else v for k, v in row.items()} for row in rows]
     write_report("criteria", "python -m reports.bench criteria", "\n".join(body), summary)
 
 
@@ -260,7 +243,7 @@ def _table(rows: Sequence[dict[str, Any]], phase: str) -> str:
         cells = []
         for kept in KEPT:
             own, best = pick(criterion, kept), pick(CRITERIA[0], kept)
-            values = [100 * _top1(bits) for bits in own.values()]
+            values = [100 * top1(bits) for bits in own.values()]
             spread = stats.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{stats.mean(values):.2f} ± {spread:.2f} ({len(values)})" if values else "–")
             cells.append(_p_text(own, best) if criterion != CRITERIA[0] else "")
@@ -271,20 +254,9 @@ def _table(rows: Sequence[dict[str, Any]], phase: str) -> str:
     return markdown_table(["criterion", *columns], lines)
 
 
-def _top1(bits: str) -> float:
-    return float(_images(bits).mean())
-
-
 def _p_text(first: dict[int, str], second: dict[int, str]) -> str:
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return "–"
-    p = paired_p([_images(first[s]) - _images(second[s]) for s in seeds])
+    p = paired_p([images(first[s]) - images(second[s]) for s in seeds])
     return "< 1e-16" if p < 1e-16 else f"{p:.2g}"
-
-
-def paired_p(differences: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> float:
-    """Return the two-sided p of a mean difference of 0, images being the sample and seeds averaged over."""
-    mean = np.mean(differences, axis=0)
-    error = float(mean.std(ddof=1)) / math.sqrt(len(mean))
-    return math.erfc(abs(float(mean.mean())) / error / math.sqrt(2)) if error > 0 else 1.0

@@ -1,6 +1,6 @@
 """Channel groups, and everything else that torch-pruning does for us; the only part that imports it.
 
-What is worked around here, each with a test in `tests/unit/test_channels.py`: its group objects are turned into
+What is worked around here, each with a test in `tests/unit/`: its group objects are turned into
 plain `Coupling` records; its Hessian importance keeps only the last gradient (`accumulate_grad` looks up names in a
 dictionary of parameters), so squared gradients are summed here; importances that know nothing of a group return
 None, where the group's L2 norm stands in; importances of a group of zeros are 0/0, where 0 stands in; groups in which

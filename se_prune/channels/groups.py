@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,9 +11,10 @@ from torch import nn
 
 from se_prune.artifact import CONV_TYPES, geometry
 from se_prune.channels.graph import OUT_FNS, build_graph, expands, found_groups, role_of
-from se_prune.channels.joints import refusal, split_sizes
+from se_prune.channels.joints import follows, refusal, split_sizes
 from se_prune.channels.shuffles import shuffle_of
 from se_prune.channels.ties import Sharing, irregular, regular
+from se_prune.computed import mixes_inputs, plain
 from se_prune.gates.shuffles import shuffled_layers
 from se_prune.gates.trace import trace
 from se_prune.records import ChannelGroup, Coupling, GateSite, GroupKind, LayerSlice
@@ -82,7 +82,7 @@ def _coupling(
         if groups is not None:
             shuffles.append((groups, places))
         sizes, reason = split_sizes(item.dep.target), refusal(item.dep.target)
-        if sizes is not None:
+        if sizes is not None and not follows(item.dep.target):
             splits.append((sizes, places))
         if reason is not None:
             reasons.append(reason)
@@ -235,29 +235,11 @@ def _refusals(slices: Sequence[LayerSlice], modules: Mapping[str, nn.Module]) ->
             reasons.append(f"torch-pruning numbers the channels of {piece.layer} wrongly")
         elif _is_grouped(module) and piece.role != "channelwise" and len(piece.index) != width:
             reasons.append(f"{piece.layer} is a grouped convolution of a concatenation")
-        if piece.role == "in" and _mixes_inputs(module):
+        if piece.role == "in" and mixes_inputs(module) and plain(module) is None:
             reasons.append(f"{piece.layer} computes its weights from all its inputs together")
         if -1 in piece.root:
             reasons.append(f"the channels of {piece.layer} do not map one to one")
     return reasons
-
-
-@torch.no_grad()
-def _mixes_inputs(module: nn.Module) -> bool:
-    """Say whether a convolution without an input's weights differs from one that reads zeros there.
-
-    Weight standardisation (NF-nets) makes it so: a weight depends on the others.
-    """
-    plain = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    if not isinstance(module, CONV_TYPES) or type(module).forward in plain:
-        return False
-    without = copy.deepcopy(module).eval()
-    without.weight[:, 0] = 0
-    size = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    images = torch.ones(1, module.in_channels, *size).to(module.weight)
-    zeroed = images.clone()
-    zeroed[:, :: module.in_channels // module.groups] = 0
-    return not torch.allclose(without(images), copy.deepcopy(module).eval()(zeroed), rtol=1e-3, atol=1e-5)
 
 
 def _width(module: nn.Module, role: str) -> int:

@@ -6,14 +6,19 @@ twice or out of order, and guesses the widths of a concatenation from the layers
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch_pruning import ops
 from torch_pruning._helpers import _HybridIndex
+
+from se_prune.fixed import filter_of, width_lists
+from se_prune.gates.trace import Frame, module_stack
 
 SPLITS: tuple[Any, ...] = (
     torch.split,
@@ -21,7 +26,14 @@ SPLITS: tuple[Any, ...] = (
     torch.split_with_sizes,
     torch.Tensor.split_with_sizes,
 )
-FIXED = "se_prune fixed"
+CONVOLUTIONS: tuple[Any, ...] = (
+    nn.functional.conv1d,
+    nn.functional.conv2d,
+    nn.functional.conv3d,
+    torch.convolution,
+)
+#: What autograd keeps of a split into fixed widths, and of a convolution: the module that called it.
+FIXED, CALLER = "se_prune fixed", "se_prune caller"
 
 
 class Part:
@@ -50,28 +62,73 @@ def map_joints(nodes: Iterable[Any]) -> None:
             _map_split(node)
 
 
-class MarkSplits(TorchFunctionMode):
-    """Marks splits that are given the widths of their parts, which a cut does not change; `chunk` counts anew."""
+class _Marks(TorchFunctionMode):
+    """Marks splits that are given the widths of their parts, and convolutions; `chunk` counts anew."""
+
+    def __init__(self, model: nn.Module, stack: list[Frame]) -> None:
+        super().__init__()
+        self.modules, self.stack = dict(model.named_modules()), stack
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in SPLITS and result[0].grad_fn is not None:
-            result[0].grad_fn.metadata[FIXED] = True
+            result[0].grad_fn.metadata[FIXED] = self.modules[self.stack[-1].name]
+        if func in CONVOLUTIONS and result.grad_fn is not None:
+            result.grad_fn.metadata[CALLER] = self.modules[self.stack[-1].name]
         return result
+
+
+@contextlib.contextmanager
+def marks(model: nn.Module) -> Iterator[None]:
+    """Note in autograd's graph of a forward pass which modules split maps and which convolve."""
+    stack = [Frame("", 0)]
+    with module_stack(model, stack), _Marks(model, stack):
+        yield
+
+
+def fixed_filter(node: Any) -> nn.Module | None:
+    """Return the module whose fixed filter a node is, None for any other node."""
+    function = node.grad_fn
+    if isinstance(node.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or function is None:
+        return None
+    caller: nn.Module | None = function.metadata.get(CALLER)
+    return caller if caller is not None and filter_of(caller) is not None else None
+
+
+def follows(node: Any) -> bool:
+    """Say whether a node is a split by a list of widths that its module can set anew after a cut."""
+    sizes, caller = split_sizes(node), node.grad_fn.metadata.get(FIXED) if node.grad_fn is not None else None
+    return (
+        sizes is not None
+        and caller is not None
+        and any(
+            tuple(getattr(module, name)) == sizes for module, name in width_lists(caller) if module is caller
+        )
+    )
 
 
 def refusal(node: Any) -> str | None:
     """Say why channels that a node reads cannot leave: by fixed bounds, or each mixed with others."""
     if getattr(node.module, "mixed", False):
         return "a gate's convolution along the channels mixes each with its neighbours"
-    if node.type == ops.OPTYPE.SPLIT and _along_channels(node.grad_fn) and FIXED in node.grad_fn.metadata:
+    if getattr(node.module, "unfollowed", False):
+        return "torch-pruning does not follow a reshape of its channels"
+    if split_sizes(node) is not None and FIXED in node.grad_fn.metadata and not follows(node):
         return "a split into fixed widths reads its channels"
+    if _convolves(node) and fixed_filter(node) is None:
+        return "a convolution whose weights are no layer's own reads its channels"
     if node.type == ops.OPTYPE.SLICE and _along_channels(node.grad_fn):
         function = node.grad_fn
         width = function._saved_self_sym_sizes[1]
         if function._saved_start > 0 or function._saved_end < width or function._saved_step > 1:
             return "a slice of fixed bounds reads its channels"
     return None
+
+
+def _convolves(node: Any) -> bool:
+    """Say whether a node is a convolution that no layer made."""
+    layer = isinstance(node.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return not layer and node.grad_fn is not None and node.grad_fn.name().startswith("ConvolutionBackward")
 
 
 def split_sizes(node: Any) -> tuple[int, ...] | None:

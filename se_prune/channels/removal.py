@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_prune.artifact import CONV_TYPES, NORM_TYPES, geometry
+from se_prune.artifact import CONV_TYPES, NORM_TYPES, geometry, replace_module
 from se_prune.channels.graph import Role, build_graph, role_of
+from se_prune.channels.joints import fixed_filter
+from se_prune.computed import mixes_inputs, plain
 from se_prune.errors import SurgeryError
+from se_prune.fixed import filter_of, follow, resize_filter, width_lists
 
 #: Per layer and side, the channels that leave, in the dense network's numbering.
 Lost = dict[tuple[nn.Module, Role], set[int]]
@@ -50,18 +53,43 @@ def remove(model: nn.Module, example: torch.Tensor, removed: Mapping[str, Sequen
         _check_channels(graph, root, name, channels)
         prune = graph.get_pruner_of_module(root).prune_out_channels
         for item in graph.get_pruning_group(root, prune, sorted(channels)).items:
-            module = item.dep.target.module
-            role = role_of(module, item.dep.handler) if module in names else None
+            module = fixed_filter(item.dep.target) or item.dep.target.module
+            role = _role(module, item.dep.handler) if module in names else None
             if role is not None:
                 gone = lost.setdefault((module, role), set())
                 gone.update(map(int, item.idxs))
                 if len(gone) >= _width(module, role):
                     raise SurgeryError(f"the plan removes every channel of '{name}'; raise --min-channels.")
+    lost = _without_mixing(result, lost, names)
+    lists = list(width_lists(result))
+    current = {module: name for name, module in result.named_modules()}
     for (module, role), gone in lost.items():
-        _shrink(module, role, gone, names[module])
+        _shrink(module, role, gone, current[module])
+    for holder, attribute in lists:
+        follow(holder, attribute)
     for parameter in result.parameters():
         parameter.grad = None
     return result
+
+
+def _without_mixing(model: nn.Module, lost: Lost, names: Mapping[nn.Module, str]) -> Lost:
+    """Let plain convolutions do what those do that compute their weights from all inputs, where inputs leave."""
+    new: dict[nn.Module, nn.Module] = {}
+    for module, role in lost:
+        if role == "in" and mixes_inputs(module):
+            same = plain(module)
+            if same is None:
+                raise SurgeryError(
+                    f"'{names[module]}' computes its weights from all its inputs; plan it again."
+                )
+            new[module] = same
+    for module, same in new.items():
+        replace_module(model, names[module], same)
+    return {(new.get(module, module), role): gone for (module, role), gone in lost.items()}
+
+
+def _role(module: nn.Module, handler: Any) -> Role | None:
+    return "channelwise" if filter_of(module) is not None else role_of(module, handler)
 
 
 def _width(module: nn.Module, role: Role) -> int:
@@ -73,6 +101,9 @@ def _width(module: nn.Module, role: Role) -> int:
 def _shrink(module: Any, role: Role, gone: set[int], name: str) -> None:
     """Take channels from one side of a layer, from both where it maps each to itself."""
     kept = torch.tensor([i for i in range(_width(module, role)) if i not in gone])
+    if filter_of(module) is not None:
+        resize_filter(module, len(kept))
+        return
     if isinstance(module, NORM_TYPES):
         module.num_features = len(kept)
         for own in ("weight", "bias", "running_mean", "running_var"):

@@ -13,6 +13,8 @@ import torch
 from se_prune.errors import DataError
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+#: The file beside idx files that names their classes, one a line; without it they are Fashion-MNIST's.
+NAMES = "classes.txt"
 BUNDLED = Path(__file__).parent / "fashion_mnist"
 
 
@@ -46,6 +48,24 @@ def find_pair(folder: Path, prefix: str) -> tuple[Path, Path] | None:
         if images.exists() and labels.exists():
             return images, labels
     return None
+
+
+def read_classes(folder: Path) -> tuple[str, ...] | None:
+    """Return the class names that stand beside idx files, or None where there is no such file.
+
+    Raises:
+        DataError: The file is not text, or a name is missing or stands twice.
+    """
+    path = folder / NAMES
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); write one class name a line.") from error
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise DataError(f"{path} needs one class name a line, no line empty and no name twice.")
+    return names
 
 
 def read_pair(images: Path, labels: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from se_prune import distributed
 from se_prune.data import idx
 from se_prune.data.batches import Batch, TensorImages
 from se_prune.data.folders import FolderImages, open_folders
@@ -46,7 +47,7 @@ class Split(Protocol):
     def training_batches(
         self, settings: TrainSettings, preprocessing: Preprocessing, *, seed: int, epoch: int
     ) -> Iterator[Batch]:
-        """Yield one epoch of shuffled, augmented full batches."""
+        """Yield one epoch of shuffled, augmented full batches; of several processes each yields its share of them."""
         ...
 
 
@@ -81,9 +82,10 @@ def open_data(ref: str, *, workers: int | None = None, max_bad_images: float | N
     """Open a data set by reference.
 
     Args:
-        ref: `fashion-mnist` (the bundled part); a folder with the four idx files, in `train/CLASS/…` + `val/CLASS/…`
-            form, or with webdataset shards (also `wds/FOLDER`); `torch/NAME` or `hfds/NAME` as timm opens them, with
-            `@FOLDER` for where they lie.
+        ref: `fashion-mnist` (the bundled part); a folder with the four idx files (Fashion-MNIST's, or of the classes
+            that a `classes.txt` there names, one a line), in `train/CLASS/…` + `val/CLASS/…` form, or with webdataset
+            shards (also `wds/FOLDER`); `torch/NAME` or `hfds/NAME` as timm opens them, with `@FOLDER` for where
+            they lie.
         workers: Processes that decode images; a core each, at most 8, where None. 0 decodes in this process.
         max_bad_images: How many images of a split may be unreadable and are left out: a share below 1, a number from
             1 on; `MAX_BAD_IMAGES` where None.
@@ -97,8 +99,9 @@ def open_data(ref: str, *, workers: int | None = None, max_bad_images: float | N
     if (workers is not None and workers < 0) or not max_bad_images >= 0:
         raise UsageError(f"workers and max-bad-images must be 0 or more, got {workers} and {max_bad_images}.")
     if ref == FASHION_MNIST:
-        return _fashion(ref, ("train-12k", "t10k"), idx.BUNDLED)
-    opened = _opened(ref)
+        return _arrays(ref, ("train-12k", "t10k"), idx.BUNDLED, idx.CLASSES, FASHION_PREPROCESSING)
+    with distributed.first_here():  # one process of a machine downloads, or reads the headers of shards
+        opened = _opened(ref)
     if isinstance(opened, DataSource):
         return opened
     train, test = (
@@ -112,7 +115,7 @@ def _opened(ref: str) -> DataSource | tuple[RawImages, RawImages]:
     folder = Path(ref)
     if folder.is_dir():
         if idx.find_pair(folder, "train"):
-            return _fashion(ref, ("train", "t10k"), folder)
+            return _idx(ref, folder)
         return open_shards(folder) if has_shards(folder) else open_folders(folder)
     scheme, _, rest = ref.partition("/")
     if scheme == "wds" and rest:
@@ -162,7 +165,22 @@ def _own_preprocessing(images: torch.Tensor) -> Preprocessing:
     )
 
 
-def _fashion(ref: str, prefixes: tuple[str, str], folder: Path) -> DataSource:
+def _idx(ref: str, folder: Path) -> DataSource:
+    """Open four idx files: Fashion-MNIST, or the classes that `classes.txt` beside them names."""
+    names = idx.read_classes(folder)
+    if names is None:
+        return _arrays(ref, ("train", "t10k"), folder, idx.CLASSES, FASHION_PREPROCESSING)
+    return _arrays(ref, ("train", "t10k"), folder, names, None)
+
+
+def _arrays(
+    ref: str,
+    prefixes: tuple[str, str],
+    folder: Path,
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing | None,
+) -> DataSource:
+    """Open idx files; where no preprocessing is given it is that of the training images."""
     splits = []
     for prefix in prefixes:
         pair = idx.find_pair(folder, prefix)
@@ -171,11 +189,18 @@ def _fashion(ref: str, prefixes: tuple[str, str], folder: Path) -> DataSource:
                 f"{folder} has no {prefix}-images-idx3-ubyte with its labels; give all four idx files."
             )
         images, labels = idx.read_pair(*pair)
-        if labels.max() >= len(idx.CLASSES):
-            raise DataError(f"{pair[1]} has label {int(labels.max())}; Fashion-MNIST has ten classes.")
+        if labels.max() >= len(classes):
+            raise DataError(
+                f"{pair[1]} has label {int(labels.max())}, but there are {len(classes)} classes (Fashion-MNIST's ten, "
+                f"unless {idx.NAMES} beside the files names others, one a line)."
+            )
         splits.append(TensorImages(images=images, labels=labels))
     return DataSource(
-        ref=ref, classes=idx.CLASSES, train=splits[0], test=splits[1], preprocessing=FASHION_PREPROCESSING
+        ref=ref,
+        classes=classes,
+        train=splits[0],
+        test=splits[1],
+        preprocessing=preprocessing or _own_preprocessing(splits[0].images),
     )
 
 
@@ -249,6 +274,30 @@ def of_classes(data: DataSource, kept: Sequence[int]) -> DataSource:
         test=part(data.test),
         preprocessing=data.preprocessing,
     )
+
+
+def shared_batches(split: Split, batch_size: int, preprocessing: Preprocessing) -> Iterator[Batch]:
+    """Yield this process's share of a split's batches, each as one process would make it.
+
+    When it ends, every process knows the images that any of them could not read.
+
+    Raises:
+        DataError: More images than allowed cannot be read.
+    """
+    mine = split.take(distributed.share(len(split), batch_size)) if distributed.size() > 1 else split
+    yield from mine.batches(batch_size, preprocessing)
+    share_unreadable(split)
+
+
+def share_unreadable(split: Split) -> None:
+    """Tell all processes which images of a split each of them could not read.
+
+    Raises:
+        DataError: Together they are more than allowed.
+    """
+    inner = split.split if isinstance(split, ClassSplit) else split
+    if distributed.size() > 1 and isinstance(inner, FolderImages):
+        inner.unreadable.merge(distributed.gather(list(inner.unreadable.found.items())))
 
 
 def readable(split: Split, positions: torch.Tensor) -> torch.Tensor:

@@ -160,7 +160,8 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _module_stack(model: nn.Module, stack: list[Frame]) -> Iterator[None]:
+def module_stack(model: nn.Module, stack: list[Frame]) -> Iterator[None]:
+    """While open, keep the modules that are running on a stack, whose first frame is the network itself."""
     calls: dict[str, int] = {}
 
     def enter(name: str) -> Any:
@@ -196,7 +197,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> Trace:
     result.nodes.append(Node("input", (), (), tuple(example.shape), "", 0, None))
     recorder.producer[example] = 0
     try:
-        with torch.no_grad(), _module_stack(model, stack), recorder, multiplies:
+        with torch.no_grad(), module_stack(model, stack), recorder, multiplies:
             model(example)
     finally:
         for module in was_training:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from se_prune import __version__, artifact
+from se_prune import __version__, artifact, distributed
 from se_prune.artifact import Network
 from se_prune.data import DataSource
 from se_prune.errors import CheckpointError, SePruneError
@@ -23,7 +23,10 @@ FOLDER, FILE = "state", "progress.json"
 
 @record
 class CutRecord:
-    """What came of the cut beside the repaired network: plan, cost, the proof, the seconds that the repair took."""
+    """What came of a step's cut beside the repaired network: plan, cost, the proof, the seconds of the repair.
+
+    `plan` is of the dense network, and cuts what this step and those before it do; the proof is of this step.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     plan: Plan
@@ -34,14 +37,20 @@ class CutRecord:
 
 @record
 class RunProgress:
-    """The stages of a run that are finished; `statistics` says that those in the run's folder are its own."""
+    """The stages of a run that are finished; `statistics` says that those in the run's folder are its own.
+
+    `cuts` holds a record per step that is cut and repaired; `tuned` steps are fine-tuned, the last of them in
+    `tuned_seconds`.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
     fingerprint: str
     stages: tuple[StageResult, ...] = ()
     statistics: bool = False
-    cut: CutRecord | None = None
+    cuts: tuple[CutRecord, ...] = ()
+    tuned: int = 0
+    tuned_seconds: float = 0.0
 
 
 class Progress:
@@ -49,7 +58,7 @@ class Progress:
 
     def __init__(self, folder: Path, recipe: RunRecipe, network: Network, data: DataSource, *, resume: bool):
         self.folder = folder / FOLDER
-        self.repaired = self.folder / "repaired.safetensors"
+        self.trust = network.header.arch.ref
         if not resume:
             remove_folder(self.folder)
         tuned = None if recipe.finetune is None else replace(recipe.finetune, track=())
@@ -60,13 +69,14 @@ class Progress:
 
     def _known(self, mark: str) -> RunProgress | None:
         path = self.folder / FILE
-        if not path.exists():
+        text = distributed.from_main(lambda: path.read_text(encoding="utf-8") if path.exists() else None)
+        if text is None:
             return None
         try:
-            known = from_json(RunProgress, path.read_bytes(), what=str(path))
+            known = from_json(RunProgress, text, what=str(path))
         except SePruneError as error:
             raise CheckpointError(f"{error} Start again with --no-resume.") from error
-        if known.fingerprint != mark and known.cut is None:
+        if known.fingerprint != mark and not known.cuts:
             return None  # little is lost
         if known.fingerprint != mark:
             raise CheckpointError(
@@ -80,31 +90,57 @@ class Progress:
         self.record = replace(self.record, **changes)
         write_text(self.folder / FILE, to_json(self.record))
 
-    @property
-    def stages(self) -> dict[str, StageResult]:
-        """The results of the stages that are finished, by name."""
-        return {stage.stage: stage for stage in self.record.stages}
+    def result(self, stage: str, step: int | None) -> StageResult | None:
+        """Return the result of a stage, where it is finished."""
+        found = (r for r in self.record.stages if (r.stage, r.step) == (stage, step))
+        return next(found, None)
 
     def add(self, stage: StageResult) -> None:
         """Write down the result of a stage."""
         self.note(stages=(*self.record.stages, stage))
 
-    def keep(self, applied: Applied) -> None:
-        """Write down the cut and repaired network, and what came of it."""
-        artifact.save(self.repaired, applied.network)
-        self.note(
-            cut=CutRecord(
-                plan=applied.plan,
-                after=applied.after,
-                max_abs_diff_masked=applied.max_abs_diff_masked,
-                repair_seconds=applied.repair_seconds,
-            )
-        )
+    def cut(self, step: int) -> CutRecord | None:
+        """Return what came of the cut of a step (from 1), where it is finished."""
+        return self.record.cuts[step - 1] if step <= len(self.record.cuts) else None
 
-    def cut(self, trust: str) -> tuple[Network, CutRecord]:
-        """Return the repaired network that `keep` wrote; `trust` is the architecture that it may name."""
-        assert self.record.cut is not None
-        return artifact.load(self.repaired, trust=trust), self.record.cut
+    def keep(self, step: int, applied: Applied) -> None:
+        """Write down the cut and repaired network of a step, and what came of it."""
+        artifact.save(self._repaired(step), applied.network)
+        cut = CutRecord(
+            plan=applied.plan,
+            after=applied.after,
+            max_abs_diff_masked=applied.max_abs_diff_masked,
+            repair_seconds=applied.repair_seconds,
+        )
+        self.note(cuts=(*self.record.cuts, cut))
+        distributed.barrier()  # all are going to read it
+
+    def repaired(self, step: int) -> Network:
+        """Return the repaired network that `keep` wrote."""
+        return artifact.load(self._repaired(step), trust=self.trust)
+
+    def keep_tuned(self, step: int, network: Network, seconds: float) -> None:
+        """Write down the fine-tuned network of a step, and forget the state of its training."""
+        artifact.save(self._tuned(step), network)
+        self.note(tuned=step, tuned_seconds=seconds)
+        distributed.barrier()
+        remove_folder(self.training(step))
+
+    def tuned(self, step: int) -> Network | None:
+        """Return the fine-tuned network of a step, where it is finished."""
+        if step > self.record.tuned:
+            return None
+        return artifact.load(self._tuned(step), trust=self.trust)
+
+    def training(self, step: int) -> Path:
+        """Return the folder that keeps the state of a step's training."""
+        return self.folder / f"training-{step}"
+
+    def _repaired(self, step: int) -> Path:
+        return self.folder / f"repaired-{step}.safetensors"
+
+    def _tuned(self, step: int) -> Path:
+        return self.folder / f"tuned-{step}.safetensors"
 
     def finish(self) -> None:
         """Forget all of it: the run's own files are whole."""

@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from se_prune import __version__, artifact
+from se_prune import artifact, distributed
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of
 from se_prune.data import DataSource, open_data
-from se_prune.device import choose_device, processor
+from se_prune.device import choose_device
 from se_prune.errors import UsageError
 from se_prune.evaluate import paired
 from se_prune.export import export, require_target, suffix_of
-from se_prune.files import make_folder, write_text
+from se_prune.files import make_folder, require_shared, write_text
 from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
-from se_prune.gates.summary import profile, summarise
+from se_prune.gates.summary import summarise
 from se_prune.latency import measure_latency, torch_runner
 from se_prune.layers import layer_costs
-from se_prune.pipeline import jobs, measure, training
+from se_prune.pipeline import details, measure
 from se_prune.pipeline.classes import for_classes
 from se_prune.pipeline.exporting import real_images
 from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.pipeline.progress import Progress
-from se_prune.pipeline.view import shown as shown_steps
+from se_prune.pipeline.steps import Course, compress_in_steps
 from se_prune.planning import check_budget, check_ranges
-from se_prune.recipe import RunRecipe, table_budget
-from se_prune.report import write_report
-from se_prune.results import Evaluation, Exported, Latency, Run, StageResult
+from se_prune.recipe import RunRecipe, check_run, table_budget
+from se_prune.report import card, write_report
+from se_prune.results import Exported, Latency, Run
 from se_prune.runtimes.ort import open_file
 from se_prune.schema import to_json
 from se_prune.scoring.registry import find
-from se_prune.training.state import trained_seconds
-from se_prune.training.tracking import following
 from se_prune.zoo.registry import shown
 
-PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
 #: Training images on which an export is checked, spread over the classes.
 EXPORT_IMAGES = 256
-#: Sites whose gate profiles stand in the report; more make the page too large.
-PROFILES = 24
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,10 +63,11 @@ def run_recipe(
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
 
-    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact.
+    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact. Of several
+    processes the main one alone writes, exports and times.
 
     Analysis, scores, repair, fine-tuning and the parity check of exports see training images; test images are
-    read by `evaluate` alone.
+    read by `evaluate` alone, and in the end some of those whose answer changed are shown in the report.
 
     Args:
         recipe: What to do.
@@ -90,6 +83,7 @@ def run_recipe(
         CheckpointError: The folder holds a stopped run of another recipe.
     """
     show = reporter or measure.Silent()
+    check_run(recipe, "the recipe")
     folds = parse_request(recipe.apply.fold_gates, recipe.apply.fold_tolerance)
     budget = table_budget(recipe.apply, folds=folds is not None)
     check_ranges(budget, first_rounding(recipe.apply.round_to), recipe.apply.min_channels)
@@ -104,81 +98,99 @@ def run_recipe(
         costs = layer_costs(dense.module, found.cost.per_layer)
         check_budget(found.couplings, costs, budget, **widths, hidden=recipe.apply.hidden)
     make_folder(folder)
+    require_shared(folder)
     progress = Progress(folder, recipe, dense, data, resume=resume)
 
-    def evaluated(stage: str, network: Network, seconds: float) -> Evaluation:
-        if stage in progress.stages:
-            return progress.stages[stage].evaluation
-        _, result = training.assess(network, data, device=target, reporter=show)
-        progress.add(StageResult(stage=stage, evaluation=result, seconds=seconds))  # type: ignore[arg-type]
-        return result
+    course = Course(
+        recipe=recipe,
+        dense=dense,
+        found=found,
+        data=data,
+        statistics=None,
+        rounding=rounding,
+        progress=progress,
+        log=folder / "training.csv",
+        device=target,
+        show=show,
+    )
+    first = course.evaluated("dense", dense, 0.0, found.cost.macs)
+    course.statistics = gates = _statistics(course, folder, earlier=statistics)
+    done = compress_in_steps(course)
+    network = done.network
+    shown_gates = details.profiles(gates)
+    after: dict[str, Any] = {}
+    if gates is not None:
+        names = tuple(shown_gates[0].per_class)
+        after = details.gates_after(
+            network, data, found, done.cut.plan, names, device=target, seed=recipe.seed, show=show
+        )
 
-    first = evaluated("dense", dense, 0.0)
-    gates = _statistics(
-        dense, found, data, folder, progress, earlier=statistics, recipe=recipe, device=target, show=show
-    )
-    if progress.record.cut is None:
-        clock = time.perf_counter()
-        common: dict[str, Any] = {
-            "device": target,
-            "data": data,
-            "repair": recipe.apply.repair,
-            "seed": recipe.seed,
-            "reporter": show,
-        }
-        options = {
-            **common,
-            **widths,
-            "statistics": gates,
-            "folds": folds,
-            "hidden": recipe.apply.hidden,
-            "timing": timing,
-        }
-        chosen = jobs.plan(dense, found, budget, criterion=recipe.apply.criterion, **options)
-        applied = jobs.apply_plan(dense, found, chosen, **common)
-        seconds = time.perf_counter() - clock - applied.repair_seconds
-        evaluated("cut", Network(module=applied.cut, header=applied.network.header), seconds)
-        progress.keep(applied)
-    # always the network of the file, so that a run which goes on computes with the same memory layout
-    network, cut = progress.cut(dense.header.arch.ref)
-    last = progress.stages["cut"].evaluation
-    if recipe.apply.repair != "none":
-        last = evaluated("repaired", network, cut.repair_seconds)
-    if recipe.finetune is not None:
-        network = _finetuned(network, dense, data, folder, progress, recipe=recipe, device=target, show=show)
-        last = evaluated("fine-tuned", network, trained_seconds(progress.folder))
-    files = {"artifact": folder / "pruned.safetensors"}
-    artifact.save(files["artifact"], network)
-    artifact.save(folder / "dense.safetensors", dense)
-    exported = _exports(network, recipe, folder, data, show)
-    run = Run(
-        name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
-        command=command,
-        arch=shown(dense.header.arch),
-        data=data.name,
-        classes=data.classes,
-        seed=recipe.seed,
-        environment=environment(target),
-        plan=cut.plan,
-        cost_before=found.cost,
-        cost_after=cut.after,
-        bytes_before=bytes_of(folder / "dense.safetensors"),
-        bytes_after=bytes_of(files["artifact"]),
-        max_abs_diff_masked=cut.max_abs_diff_masked,
-        stages=progress.record.stages,
-        paired=paired(first, last, data.test),
-        latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
-        sites=() if gates is None else summarise(gates),
-        profiles=() if gates is None else tuple(profile(gates, site.name) for site in gates.sites[:PROFILES]),
-        exported=exported,
-    )
-    files["run"] = folder / "run.json"
-    write_text(files["run"], to_json(run, indent=1))
-    page, markdown, _ = write_report([run], folder / "report.html")
-    files |= {"report": page, "markdown": markdown}
-    files |= {item.target: Path(item.output) for item in exported}
-    progress.finish()
-    return RunOutcome(run=run, network=network, files=files)
+    def concluded() -> Run:
+        artifact.save(pruned := folder / "pruned.safetensors", network)
+        artifact.save(folder / "dense.safetensors", dense)
+        exported = _exports(network, recipe, folder, data, show)
+        written = [Path(item.output) for item in exported]
+        latency = _latency(dense, network, data, folder, recipe=recipe, device=target, show=show)
+        with show.stage("times of layers", None):
+            runtime = "torch" if latency is None else latency[1].runtime
+            parts, operations = details.operations(dense, network, found, runtime, folder)
+        run = Run(
+            name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
+            command=command,
+            arch=shown(dense.header.arch),
+            data=data.name,
+            classes=data.classes,
+            seed=recipe.seed,
+            environment=details.environment(target),
+            plan=done.cut.plan,
+            cost_before=found.cost,
+            cost_after=done.cut.after,
+            bytes_before=bytes_of(folder / "dense.safetensors"),
+            bytes_after=bytes_of(pruned),
+            max_abs_diff_masked=done.max_abs_diff_masked,
+            stages=progress.record.stages,
+            paired=paired(first, done.last, data.test),
+            latency=latency,
+            sites=() if gates is None else summarise(gates),
+            profiles=shown_gates,
+            exported=exported,
+            labels=tuple(data.test.labels.tolist()),
+            parts=parts,
+            operations=operations,
+            **after,
+            changed=details.changed_images(data.test, first, done.last),
+            hashes=details.hashes(
+                data, (*_checkpoint(recipe), folder / "dense.safetensors", pruned, *written)
+            ),
+        )
+        write_text(folder / "run.json", to_json(run, indent=1))
+        write_text(folder / "MODEL_CARD.md", card.render(card.of_run(run, network.header, pruned.name)))
+        write_report([run], folder / "report.html")
+        progress.finish()
+        return run
+
+    run = distributed.record_from_main(Run, concluded)
+    return RunOutcome(run=run, network=network, files=_files(run, folder))
+
+
+def _files(run: Run, folder: Path) -> dict[str, Path]:
+    """Return the files of a run by what they are."""
+    names = {
+        "artifact": "pruned.safetensors",
+        "run": "run.json",
+        "card": "MODEL_CARD.md",
+        "report": "report.html",
+        "markdown": "report.md",
+    }
+    return {what: folder / name for what, name in names.items()} | {
+        item.target: Path(item.output) for item in run.exported
+    }
+
+
+def _checkpoint(recipe: RunRecipe) -> tuple[Path, ...]:
+    """Return the file that the model came from, where it came from one."""
+    path = Path(recipe.model.ref)
+    return (path,) if path.is_file() else ()
 
 
 def _require_known(recipe: RunRecipe) -> None:
@@ -199,61 +211,27 @@ def _opened(recipe: RunRecipe) -> tuple[Network, DataSource]:
     return for_classes(dense, data, recipe.apply.classes) if recipe.apply.classes else (dense, data)
 
 
-def _statistics(
-    dense: Network,
-    found: measure.Structure,
-    data: DataSource,
-    folder: Path,
-    progress: Progress,
-    *,
-    earlier: Path | None,
-    recipe: RunRecipe,
-    device: torch.device,
-    show: measure.Reporter,
-) -> Statistics | None:
+def _statistics(course: Course, folder: Path, *, earlier: Path | None) -> Statistics | None:
     """Return the statistics: those of an earlier run, or measured; None for a network without gate sites."""
     path = folder / "statistics.safetensors"
-    if not found.sites:
+    if not course.found.sites:
         return None
-    if not progress.record.statistics:
+    if not course.progress.record.statistics:
         measured = (
             Statistics.load(earlier)
             if earlier is not None
-            else measure.analyze(dense, data, device=device, seed=recipe.seed, reporter=show)
+            else measure.analyze(
+                course.dense,
+                course.data,
+                device=course.device,
+                seed=course.recipe.seed,
+                reporter=course.show,
+            )
         )
         measured.save(path)
-        progress.note(statistics=True)
+        course.progress.note(statistics=True)
+        distributed.barrier()  # all are going to read it
     return Statistics.load(path)
-
-
-def _finetuned(
-    network: Network,
-    dense: Network,
-    data: DataSource,
-    folder: Path,
-    progress: Progress,
-    *,
-    recipe: RunRecipe,
-    device: torch.device,
-    show: measure.Reporter,
-) -> Network:
-    settings, log = recipe.finetune, folder / "training.csv"
-    assert settings is not None
-    name = recipe.name or folder.name
-    with (
-        show.stage(f"fine-tune, {settings.epochs} epochs", None) as update,
-        following(settings, log, name=name, state=progress.folder) as follow,
-    ):
-        return training.finetune(
-            network,
-            data,
-            settings,
-            device=device,
-            teacher=dense,
-            seed=recipe.seed,
-            resume=progress.folder,
-            on_step=shown_steps(update, follow),
-        )
 
 
 def _exports(
@@ -299,21 +277,3 @@ def _latency(
     dense.module.cpu()
     cut.module.cpu()
     return first, second
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Return versions and hardware, for the report."""
-    result = {
-        "se-prune": __version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-    for name in PACKAGES:
-        try:
-            result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return result

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from se_prune import channels
+from se_prune.computed import computes_weights
 from se_prune.errors import SurgeryError
 from se_prune.gates.tap import constant_gates, tap
 from se_prune.records import Coupling, GateSite, Plan
@@ -77,6 +78,33 @@ def _outputs(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def _exact(dense: nn.Module, cut_network: nn.Module, plan: Plan, images: torch.Tensor) -> nn.Module:
+    """Return a cut network in float64.
+
+    Weights that its dense network computes are rounded where a plain convolution holds them, so that the dense network
+    is cut once more in float64; the given one must be what that is, rounded.
+
+    Raises:
+        SurgeryError: It is not.
+    """
+    small = _in_float64(cut_network)
+    modules = dict(cut_network.named_modules())
+    if not any(
+        computes_weights(m) and not computes_weights(modules[n])
+        for n, m in dense.named_modules()
+        if n in modules
+    ):
+        return small
+    exact = cut(_in_float64(dense), images[:1].detach().cpu().double(), plan)
+    state = small.state_dict()
+    for name, value in exact.state_dict().items():
+        if value.shape != state[name].shape or not torch.allclose(value, state[name], rtol=1e-4, atol=1e-5):
+            raise SurgeryError(
+                f"the tensor '{name}' of the cut network is not what the plan makes of it; please report it."
+            )
+    return exact
+
+
 @torch.no_grad()
 def verify(
     dense: nn.Module,
@@ -101,7 +129,7 @@ def verify(
         SurgeryError: They differ by more than float64 rounding, the output is not finite, the cut network does not
             run, or a gate cannot be folded.
     """
-    twin, small = _in_float64(masked(dense, couplings, plan)), _in_float64(cut_network)
+    twin, small = _in_float64(masked(dense, couplings, plan)), _exact(dense, cut_network, plan, images)
     with tap(twin, sites, constant_gates(planned_constants(plan))):
         expected = _outputs(twin, images)
     try:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from se_prune import distributed
 from se_prune.artifact import NORM_TYPES
+from se_prune.data.source import share_unreadable
 from se_prune.errors import DataError
 from se_prune.gates.moments import (
     LAYER_TYPES,
@@ -68,6 +70,12 @@ class _Moments:
         self.yy += in_float64(y.square().sum(1))
         self.rows += x.shape[1]
 
+    def merge(self) -> None:
+        """Put the sums over the images of all processes in the place of this one's."""
+        rows = torch.tensor(self.rows)
+        distributed.add_up(self.xx, self.xy, self.yy, rows)
+        self.rows = int(rows)
+
     def error(self, weights: torch.Tensor) -> float:
         """Return Σ‖x·W − y‖² relative to Σ‖y − E[y]‖² for weights (G, I, O); the last input is 1."""
         fitted = ((self.xx @ weights - 2 * self.xy) * weights).sum() + self.yy.sum()
@@ -91,6 +99,8 @@ def refit(
 ) -> tuple[LayerRefit, ...]:
     """Re-fit, in place, every convolution and linear layer of `cut_network` whose inputs the plan removed.
 
+    Several processes share the images, and all fit the same weights to the moments of all of them.
+
     Depthwise convolutions (which lose outputs with their inputs), modules that run more than once, and a layer
     whose error on held-out images would not fall keep their weights. Of BN only running means change; re-estimate
     the statistics afterwards.
@@ -112,29 +122,34 @@ def refit(
         One record per layer with lost inputs, in the order in which they ran.
 
     Raises:
-        DataError: There are fewer images than `HELD_OUT`.
+        DataError: There are fewer images than `HELD_OUT`, or than processes.
     """
-    if len(split) < HELD_OUT:
+    least = max(HELD_OUT, distributed.size())
+    if len(split) < least:
         raise DataError(
-            f"the least-squares repair needs {HELD_OUT} images or more, got {len(split)}; check --data, or repair "
+            f"the least-squares repair needs {least} images or more, got {len(split)}; check --data, or repair "
             "with --repair bn."
         )
+    batch_size = min(batch_size, len(split) // distributed.size())  # some images for everyone
     kept = _kept_outputs(dense, couplings, plan)
     modules = dict(cut_network.named_modules())
     wanted = sorted({*lost_channels(plan, couplings, "in"), *changed} & kept.keys() & modules.keys())
     targets = {name: kept[name] for name in wanted if has_rows(modules[name])}
     dense.to(device).eval()
     cut_network.to(device).eval()
-    batches = (images.to(device) for images, _ in split.batches(batch_size, preprocessing))
+    places = distributed.share(len(split), batch_size)
+    batches = (images.to(device) for images, _ in split.take(places).batches(batch_size, preprocessing))
     images, responses = _dense_responses(dense, targets, batches, on_images)
+    share_unreadable(split)
     norms = {
         layer: modules[name]
         for layer, name in norms_after(trace(dense, images[:1])).items()
         if isinstance(modules.get(name), NORM_TYPES) and modules[name].running_mean is not None
     }
     fits: list[LayerRefit] = []
+    held_out = places[: len(images)].to(device) % HELD_OUT == HELD_OUT - 1
     handles = [
-        modules[name].register_forward_pre_hook(_fit_hook(name, response, norms.get(name), fits))
+        modules[name].register_forward_pre_hook(_fit_hook(name, response, held_out, norms.get(name), fits))
         for name, response in responses.items()
     ]
     try:
@@ -143,7 +158,7 @@ def refit(
         for handle in handles:
             handle.remove()
     if on_images is not None:
-        on_images(len(images))
+        on_images(len(images) * distributed.size())
     return tuple(fits)
 
 
@@ -189,7 +204,7 @@ def _dense_responses(
             used.append(batch)
             dense(batch)
             if on_images is not None:
-                on_images(len(batch))
+                on_images(len(batch) * distributed.size())
             stored = sum(p.nbytes for values in parts.values() for p in values)
             if stored * (1 + 1 / len(used)) > RESPONSE_BYTES:
                 break
@@ -201,11 +216,15 @@ def _dense_responses(
 
 
 def _fit_hook(
-    name: str, response: torch.Tensor, norm: nn.Module | None, fits: list[LayerRefit]
+    name: str,
+    response: torch.Tensor,
+    held_out: torch.Tensor,
+    norm: nn.Module | None,
+    fits: list[LayerRefit],
 ) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, LAYER_TYPES)
-        fits.append(_fit(name, module, inputs[0], response, norm))
+        fits.append(_fit(name, module, inputs[0], response, held_out=held_out, norm=norm))
 
     return hook
 
@@ -215,6 +234,8 @@ def _fit(
     module: nn.Conv2d | nn.Linear,
     features: torch.Tensor,
     response: torch.Tensor,
+    *,
+    held_out: torch.Tensor,
     norm: nn.Module | None,
 ) -> LayerRefit:
     """Fit one layer to the dense responses; its weights change where the held-out error falls."""
@@ -224,10 +245,10 @@ def _fit(
         bias = in_float64(module.bias).view_as(bias)
     current = torch.cat([weight, bias], 1)
     fitting, checking = _Moments.like(current), _Moments.like(current)
-    held_out = torch.arange(len(features), device=features.device) % HELD_OUT == HELD_OUT - 1
     for part, chosen in ((fitting, ~held_out), (checking, held_out)):
         for rows, target in _rows(module, features[chosen], response[chosen]):
             part.add(rows, target)
+        part.merge()
     if norm is not None:  # what BN recalibration does for any weights
         current[:, -1] += (fitting.xy[:, -1] - (fitting.xx[:, -1:] @ current)[:, 0]) / fitting.rows
     new = current + _step(fitting, current, constant=module.bias is not None or norm is not None)

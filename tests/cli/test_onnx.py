@@ -7,7 +7,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from tests.cli.test_cli import call
+from tests.calls import call
 from tests.onnx_graphs import paddle, paddle_values, save
 from tests.tiny import png_folder
 

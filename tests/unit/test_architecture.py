@@ -19,11 +19,15 @@ ORDER = (
     "records",  # what passes between stages
     "settings",  # how to train
     "results",  # what a run results in
+    "distributed",  # several processes
     "files",  # writing whole files
     "device",
     "text",  # how numbers are written
     "recipe",
+    "schedule",  # steps of a cut
     "zoo",  # architectures
+    "computed",  # convolutions that compute their weights
+    "fixed",  # what follows the channels beside parameters
     "artifact",  # our own file, and the layer types that every stage shares
     "preprocessing",  # how a network wants its images
     "foreign",  # files of others

@@ -1,63 +1,31 @@
-"""Opening models: what users have on disk, and what they should not have."""
+"""Opening models: what users have on disk."""
 
 import argparse
 import hashlib
-import os
-import pickle
 import re
-import zipfile
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from torchvision import models
 
 from se_prune import artifact, checkpoint
 from se_prune.checkpoint import open_model
 from se_prune.errors import CheckpointError, UsageError
 from se_prune.records import ArchSpec, ArtifactHeader, Preprocessing
+from tests.checkpoints import ARCH, equal, saved, says, seven, trained
 from tests.nets import DEPTHWISE, RESIDUAL, DepthwiseSE, ResidualSE
-
-ARCH = "tests.nets:ResidualSE"
-
-
-def says(*parts):
-    """Match a message that holds all parts, in this order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
-
-
-def saved(path, value, **options):
-    torch.save(value, path, **options)
-    return path
-
-
-def equal(module, other):
-    theirs = other.state_dict()
-    return all(torch.equal(value, theirs[key]) for key, value in module.state_dict().items())
 
 
 @pytest.fixture
 def net():
-    model = ResidualSE()
-    with torch.no_grad():  # running statistics that are not the initial ones
-        model(RESIDUAL.images(4))
-    return model.eval()
+    return trained()
 
 
 @pytest.fixture
 def artifact_file(tmp_path):
-    spec = ArchSpec(ref="zoo:se_resnet20", kwargs={"num_classes": 7})
-    module = checkpoint.registry.build(spec)
-    preprocessing = checkpoint.registry.default_preprocessing(spec)
-    header = ArtifactHeader(arch=spec, preprocessing=preprocessing, classes=tuple("abcdefg"))
-    path = tmp_path / "run.safetensors"
-    artifact.save(path, artifact.Network(module=module, header=header))
-    return path
-
-
-# Architectures.
+    return seven(tmp_path / "run.safetensors")
 
 
 @pytest.mark.parametrize("ref", ["se_resnet20", "zoo:se_resnet20"])
@@ -95,9 +63,6 @@ def test_a_users_factory_tells_its_channels_by_its_first_convolution():
 def test_wrong_options_for_an_architecture(ref, options, message):
     with pytest.raises(UsageError, match=message):
         open_model(ref, **options)
-
-
-# The library's own weights.
 
 
 @pytest.fixture
@@ -168,9 +133,6 @@ def test_pretrained_where_there_is_no_such_thing(tmp_path, net):
         open_model(str(path), arch=ARCH, pretrained=True)
     with pytest.raises(UsageError, match=says("num_classes", "7", "leave these options out")):
         open_model("torchvision:mobilenet_v3_small", pretrained=True, num_classes=7)
-
-
-# Foreign checkpoints.
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.pkl", "a.bin", "a.pth.tar", "a.ckpt", "weights"])
@@ -290,190 +252,6 @@ def test_one_missing_tensor_is_named_and_nothing_else(tmp_path, net):
     path = saved(tmp_path / "net.pth", state)
     with pytest.raises(CheckpointError, match=says("1 missing (blocks.1.conv2.weight); check --arch")):
         open_model(str(path), arch=ARCH)
-
-
-# Hostile, broken and mistaken files.
-
-
-class Evil:
-    """Runs a command when unpickled."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-WRITERS = {
-    "zip": torch.save,
-    "legacy": lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
-    "protocol 2": lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)),
-    "protocol 4": lambda value, path: path.write_bytes(pickle.dumps(value, protocol=4)),
-}
-
-
-@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-@pytest.mark.parametrize(
-    "wrap", [lambda e: e, lambda e: {"state_dict": {"stem.weight": e}}, lambda e: {"args": e}]
-)
-def test_code_in_a_pickle_does_not_run(write, wrap, tmp_path):
-    marker, path = tmp_path / "it-ran", tmp_path / "evil.pth"
-    evil = wrap(Evil(f"touch '{marker}'"))
-    write(evil, path)
-    with pytest.raises(
-        CheckpointError,
-        match=says(path, "is a pickle that", "nothing of it was read", "torch.save(model.state_dict()"),
-    ) as caught:
-        open_model(str(path), arch=ARCH)
-    named = "torch.save did not write" if write is WRITERS["protocol 4"] else "calls posix.system"
-    assert named in str(caught.value)
-    assert not marker.exists()
-    pickle.loads(pickle.dumps(evil))  # the control: an ordinary load does run it
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("write", [WRITERS["zip"], WRITERS["legacy"]], ids=["zip", "legacy"])
-def test_a_pickled_module_is_refused_with_the_way_out(write, tmp_path):
-    write(nn.Conv2d(1, 1, 1), tmp_path / "net.pth")
-    with pytest.raises(
-        CheckpointError, match=says("torch.nn.modules.conv.Conv2d", "torch.save(model.state_dict()")
-    ):
-        open_model(str(tmp_path / "net.pth"), arch=ARCH)
-
-
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.95])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_truncated_checkpoint(kept, zipped, tmp_path, net):
-    path = saved(tmp_path / "net.pth", net.state_dict(), _use_new_zipfile_serialization=zipped)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(
-        CheckpointError, match=says(path, "damaged or cut short", "copy or download it again")
-    ):
-        open_model(str(path), arch=ARCH)
-
-
-@pytest.mark.parametrize("kept", [0.001, 0.5, 0.99])
-def test_a_truncated_artifact_asks_for_no_architecture(kept, artifact_file):
-    whole = artifact_file.read_bytes()
-    artifact_file.write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(CheckpointError, match=says(artifact_file, "not a whole safetensors file", "again")):
-        open_model(str(artifact_file))
-
-
-def test_a_damaged_pickle_never_ends_in_a_traceback(tmp_path, net):
-    path = saved(tmp_path / "net.pth", net.state_dict(), _use_new_zipfile_serialization=False)
-    whole = path.read_bytes()
-    for position in range(0, 300, 7):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x15]) + whole[position + 1 :])
-        try:
-            open_model(str(path), arch=ARCH)
-        except CheckpointError:
-            continue
-
-
-def script(path):
-    with zipfile.ZipFile(path, "w") as archive:  # torch.jit.save needs a deprecated call; this is its layout
-        archive.writestr("net/data.pkl", b"")
-        archive.writestr("net/constants.pkl", b"")
-
-
-def loop(path):
-    value = {}
-    value["model"] = value
-    torch.save(value, path)
-
-
-NOT_WEIGHTS = {
-    "empty": (lambda p: p.write_bytes(b""), ["is empty", "download it again"]),
-    "text": (
-        lambda p: p.write_text("hello, world\n"),
-        ["text file", "'hello, world'", "download the file itself"],
-    ),
-    "web page": (lambda p: p.write_text("<!DOCTYPE html>\n<p>ä"), ["'<!DOCTYPE html>", "web page"]),
-    "LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), ["Git LFS pointer"]),
-    "noise": (lambda p: p.write_bytes(bytes(range(256)) * 9), ["no torch file", "download it again"]),
-    "TorchScript": (script, ["TorchScript", "torch.save(model.state_dict()"]),
-    "list": (lambda p: torch.save([1, 2], p), ["holds a list", "torch.save(model.state_dict()"]),
-    "tensor": (lambda p: torch.save(torch.ones(2), p), ["holds a Tensor", "torch.save(model.state_dict()"]),
-    "nothing": (lambda p: torch.save({}, p), ["holds nothing", "torch.save(model.state_dict()"]),
-    "optimizer": (
-        lambda p: torch.save({"optimizer": {"lr": 1}, "epoch": 2}, p),
-        ["holds optimizer, epoch, but no weights", "torch.save(model.state_dict()"],
-    ),
-    "loop": (loop, ["holds model, but no weights", "torch.save(model.state_dict()"]),
-}
-
-
-@pytest.mark.parametrize(("write", "parts"), NOT_WEIGHTS.values(), ids=NOT_WEIGHTS)
-def test_files_that_are_no_weights(write, parts, tmp_path):
-    path = tmp_path / "net.pth"
-    write(path)
-    with pytest.raises(CheckpointError, match=says(path, *parts)) as caught:
-        open_model(str(path), arch=ARCH)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["net.safetensors", "net"])
-def test_text_is_text_under_any_name(name, tmp_path):
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(CheckpointError, match=says(name, "is a text file that starts with '{}'")):
-        open_model(str(tmp_path / name), arch=ARCH)
-
-
-def with_tensor(net, tensor):
-    return {**net.state_dict(), "blocks.0.bn1.running_var": tensor}
-
-
-BAD_TENSORS = {
-    "nan": (lambda: torch.tensor([1.0] * 5 + [float("nan")]), ["NaN or infinite", "earlier checkpoint"]),
-    "inf": (lambda: torch.tensor([1.0] * 5 + [float("-inf")]), ["NaN or infinite", "earlier checkpoint"]),
-    "meta": (lambda: torch.empty(6, device="meta"), ["no plain tensor", "torch.save(model.state_dict()"]),
-    "sparse": (lambda: torch.ones(6).to_sparse(), ["no plain tensor", "torch.save(model.state_dict()"]),
-    "expanded": (lambda: torch.ones(1).expand(10**12), ["more values than the file holds", "again"]),
-}
-
-
-@pytest.mark.parametrize(("make", "parts"), BAD_TENSORS.values(), ids=BAD_TENSORS)
-def test_bad_tensors_are_named(make, parts, tmp_path, net):
-    path = saved(tmp_path / "net.pth", with_tensor(net, make()))
-    with pytest.raises(CheckpointError, match=says(path, "'blocks.0.bn1.running_var'", *parts)):
-        open_model(str(path), arch=ARCH)
-
-
-@pytest.mark.parametrize("name", ["nett.pth", "nowhere/net.pth", "sub/zoo", "se_resnet20.safetensors"])
-def test_a_missing_file_is_no_architecture(name, tmp_path, net, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    saved(tmp_path / "net.pth", net.state_dict())
-    with pytest.raises(
-        CheckpointError, match=says(f"the file {name} does not exist", "check the path")
-    ) as caught:
-        open_model(name)
-    assert ("did you mean 'net.pth'" in str(caught.value)) == (name == "nett.pth")
-
-
-def test_a_folder_is_not_opened_unless_it_is_an_architecture(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("runs", "se_resnet20"):
-        (tmp_path / name).mkdir()
-    for ref in ("runs", "./se_resnet20", str(tmp_path)):
-        with pytest.raises(
-            CheckpointError, match=says(f"{ref} is a folder", "name the checkpoint file in it")
-        ):
-            open_model(ref)
-    assert open_model("se_resnet20").header.arch.ref == "zoo:se_resnet20"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(tmp_path, net):
-    path = saved(tmp_path / "net.pth", net.state_dict())
-    path.chmod(0)
-    with pytest.raises(CheckpointError, match=says(path, "cannot be read", "check its permissions")):
-        open_model(str(path), arch=ARCH)
-
-
-# Artifacts.
 
 
 def test_an_artifact_needs_nothing(artifact_file):

@@ -162,7 +162,29 @@ def test_a_folder_of_idx_files(tmp_path):
     with pytest.raises(DataError, match="has no t10k-images-idx3-ubyte with its labels; give all four"):
         open_data(str(tmp_path))
     write_idx(tmp_path, "t10k", stripes(3).images[:, 0], torch.tensor([0, 1, 10]))
-    with pytest.raises(DataError, match="has label 10; Fashion-MNIST has ten classes"):
+    with pytest.raises(DataError, match="has label 10, but there are 10 classes"):
+        open_data(str(tmp_path))
+
+
+def test_idx_files_of_other_classes(tmp_path):
+    for prefix, n in (("train", 9), ("t10k", 6)):
+        write_idx(tmp_path, prefix, stripes(n).images[:, 0], stripes(n).labels % 3)
+    names = tmp_path / "classes.txt"
+    names.write_text("zero\none\ntwo\n")
+    data = open_data(str(tmp_path))
+    assert data.classes == ("zero", "one", "two")
+    pixels = stripes(9).images.double() / 255
+    assert data.preprocessing.input_size == (1, 8, 8)
+    assert data.preprocessing.mean == (round(float(pixels.mean()), 4),)
+    names.write_text("zero\none\n")
+    with pytest.raises(DataError, match="has label 2, but there are 2 classes"):
+        open_data(str(tmp_path))
+    for content in (b"", b"zero\n\ntwo\n", b"zero\none\nzero\n"):
+        names.write_bytes(content)
+        with pytest.raises(DataError, match="needs one class name a line"):
+            open_data(str(tmp_path))
+    names.write_bytes(b"\xff\n")
+    with pytest.raises(DataError, match=r"classes\.txt cannot be read"):
         open_data(str(tmp_path))
 
 

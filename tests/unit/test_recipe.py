@@ -188,6 +188,25 @@ def test_every_recipe_that_ships_is_good(path: Path):
         assert all(getattr(settings, key) == value for key, value in values[table].items())
 
 
+LARGE = [path for path in SHIPPED if path.stem.startswith(("imagenet", "places365"))]
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)
+def test_large_recipes_name_their_torchrun_line_whose_processes_can_share_a_batch(path: Path):
+    text = path.read_text(encoding="utf-8")
+    (line,) = re.findall(
+        r"^#   torchrun --nproc-per-node (\d+) -m se_prune_cli (train|run) (.*)$", text, re.M
+    )
+    values = read_toml(path)
+    table = "train" if line[1] == "train" else "finetune"
+    assert f"recipes/{path.name}" in line[2]
+    assert values[table]["batch_size"] % int(line[0]) == 0
+
+
+def test_there_are_large_recipes():
+    assert len(LARGE) >= 11
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_the_network_of_every_recipe_can_be_built(path: Path):
     """Large networks take no memory here; `reports.bench recipes` runs them."""

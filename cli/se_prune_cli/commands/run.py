@@ -9,7 +9,7 @@ import typer
 
 from se_prune_cli.output import Device, Json, OptionalData, Output, Workers
 from se_prune_cli.training import Resume
-from se_prune_cli.whole import run_and_show
+from se_prune_cli.whole import Shape, Steps, run_and_show
 
 
 def _keys(show: bool) -> None:
@@ -31,6 +31,8 @@ def command(
     ] = False,
     workers: Workers = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's.")] = None,
+    steps: Steps = None,
+    shape: Shape = None,
     resume: Resume = True,
     device: Device = "auto",
     as_json: Json = False,
@@ -48,4 +50,6 @@ def command(
         resume=resume,
         data=data,
         workers=workers,
+        steps=steps,
+        shape=shape,
     )

@@ -22,6 +22,7 @@ from se_prune_cli.output import (
     Seed,
     command_line,
 )
+from se_prune_cli.whole import Shape, Steps, given
 
 if TYPE_CHECKING:
     from se_prune.pipeline.sweep import Point
@@ -45,6 +46,8 @@ def command(
     fold_gates: Annotated[str, typer.Option(help="As in `apply`.")] = "none",
     repair: Annotated[RepairMode, typer.Option(help="As in `apply`.")] = "refit",
     finetune_epochs: Annotated[int, typer.Option(help="Epochs of distillation after each cut.")] = 0,
+    steps: Steps = None,
+    shape: Shape = None,
     runtime: Annotated[str, typer.Option(help="Where a latency budget is measured.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="CPU threads on which it is measured.")] = 1,
     latency_rounds: Annotated[int, typer.Option(help="Rounds in which each result is timed; 0: none.")] = 50,
@@ -70,6 +73,7 @@ def command(
             round_to=parse_round_to(round_to),
             repair=repair,
             fold_gates=fold_gates,
+            **given(steps=steps, shape=shape),
         ),
         finetune=train_settings(None, "finetune", epochs=finetune_epochs) if finetune_epochs else None,
         export=("onnx",) if latency_rounds else (),
