@@ -21,6 +21,8 @@ STUDIES = (
     "throughput",
     "distributed",
     "recipes",
+    "export",
+    "int8",
     "distill",
     "schedules",
     "max_drop",
