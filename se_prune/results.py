@@ -175,21 +175,116 @@ class StageResult:
 
 
 @record
-class Exported:
-    """An exported file, checked against the torch network on real images; `max_abs_diff` of the logits.
+class LayerNoise:
+    """What whole numbers do at one layer, in dB: 10·log10(signal power / noise power).
 
-    `top1_agreement` is the share of the checked images with the same top-1 class; `latency_ms` the median
-    at batch 1.
+    `inside_db` is that of the layer's own output in the file, with all noise from before it; `alone_db` that of the
+    network's output where this layer alone is int8. None: nothing differs at all.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    layer: str
+    kind: str
+    inside_db: float | None
+    alone_db: float | None
+    kept_float: bool
+
+
+@record
+class Int8:
+    """An int8 file beside the float one of the same network and target.
+
+    Accuracies are of the `n` test images; None where no test images were given. `size_ratio` and `latency_ratio` are
+    int8 over float. `output_db` is the signal-to-noise ratio of the outputs on the checked images. `layers` is empty
+    where the target's tool does not let them be told apart.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    n: int
+    top1: float | None
+    top1_float: float | None
+    float_bytes: int
+    size_ratio: float
+    float_latency_ms: float
+    latency_ratio: float
+    output_db: float | None
+    calibration_images: int
+    layers: tuple[LayerNoise, ...] = ()
+
+
+@record
+class Exported:
+    """An exported file, checked against the torch network on real images; `max_abs_diff` of the outputs.
+
+    `bytes` counts all `files`; `relative_diff` is the difference relative to the largest output (or to 1, if all are
+    smaller); `top1_agreement` the share of the checked images with the same top-1 class; `latency_ms` the median at
+    batch 1. They are None where this machine cannot run the file, and `note` says why. `preprocessing` says what the
+    file takes: preprocessed floats, or bytes in a layout.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     target: str
     output: str
     bytes: int
-    max_abs_diff: float
-    top1_agreement: float
+    max_abs_diff: float | None
+    top1_agreement: float | None
     images_checked: int
-    latency_ms: float
+    latency_ms: float | None
+    relative_diff: float | None = None
+    files: tuple[str, ...] = ()
+    input: str = "float32 nchw"
+    note: str = ""
+    int8: Int8 | None = None
+
+
+@record
+class Drop:
+    """Top-1 that one network loses against another on the same `n` images, a fraction; negative where it gains.
+
+    `ci95` is the two-sided 95 % interval, `upper` the end of the one-sided one at the level that was asked for.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    n: int
+    drop: float
+    ci95: tuple[float, float]
+    upper: float
+
+
+@record
+class Try:
+    """One network of a search: the fraction of the MACs that it was to keep and kept, and its drop on held-out images.
+
+    `refused` is the sentence that says why there is none.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    budget: float
+    macs: float | None = None
+    drop: Drop | None = None
+    keeps: bool = False
+    refused: str | None = None
+
+
+@record
+class MaxDrop:
+    """What a search for the smallest network within `max_drop` (a fraction) came to.
+
+    Tries are decided on images held out of the split `images`; `proof` is the final network's drop on test images that
+    no decision has seen. What counts of a drop is its upper end at the level `confidence`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    max_drop: float
+    confidence: float
+    images: Literal["train", "test"]
+    tries: tuple[Try, ...]
+    proof: Drop
+
+    @property
+    def kept(self) -> bool:
+        """Whether the final network keeps the drop on the test images."""
+        return self.proof.upper <= self.max_drop
 
 
 @record
@@ -224,6 +319,7 @@ class Run:
     sites: tuple[SiteSummary, ...] = ()
     profiles: tuple[GateProfile, ...] = ()
     exported: tuple[Exported, ...] = ()
+    max_drop: MaxDrop | None = None
     labels: tuple[int, ...] = ()
     parts: dict[str, str] = field(default_factory=dict)
     operations: tuple[tuple[OperationTime, ...], tuple[OperationTime, ...]] | None = None

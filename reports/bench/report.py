@@ -185,12 +185,12 @@ def _write(rows: list[dict[str, Any]], program: str) -> None:
     kept = ", ".join(f"{budget:.0%}" for budget in BUDGETS)
     body = f"""# A report of twelve compared runs
 
-Both bundled networks at {kept} of their MACs (criterion `gate-energy`, BN recalibration, no training, {TRAIN:,} training
-and {TEST:,} test images), exported and timed: twelve records of real runs, kept in `runs/report`. A page is built {TIMES}
-times (HTML, Markdown and JSON) and opened {TIMES} times in headless Chromium without a GPU; the first frame is
-the second animation frame after the load event. The second page has the gates of an SE-ResNet-50 with random weights
-(15,104 channels, measured on {WIDE_IMAGES} images of 64×64) in each of the twelve records: as
-large as a page may become.
+Both bundled networks at {kept} of their MACs (criterion `gate-energy`, BN recalibration, no
+training, {TRAIN:,} training and {TEST:,} test images), exported and timed: twelve records of real runs, kept in
+`runs/report`. A page is built {TIMES} times (HTML, Markdown and JSON) and opened {TIMES} times in headless Chromium
+without a GPU; the first frame is the second animation frame after the load event. The second page has the gates of
+an SE-ResNet-50 with random weights (15,104 channels, measured on {WIDE_IMAGES} images of 64×64) in each of the twelve
+records: as large as a page may become.
 Errors in the console: {sum(row["errors"] for row in rows)}. Bars: {BARS[0]:g} s to build, {BARS[1]:g} s to open. {met}
 
 {table}

@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from se_prune import __version__
 from se_prune.artifact import Network
+from se_prune.cost import bytes_of
 from se_prune.data import DataSource
 from se_prune.data.batches import TensorImages
 from se_prune.data.folders import FolderImages
@@ -25,14 +26,16 @@ from se_prune.data.source import ClassSplit, Split, balanced_subset
 from se_prune.device import inference_batch, processor
 from se_prune.errors import UsageError, nearest
 from se_prune.evaluate import UNREADABLE
+from se_prune.files import write_text
 from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import Statistics, collect
 from se_prune.gates.summary import liveliest, profile, summarise
-from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Structure
+from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Structure, structure
 from se_prune.pipeline.parts import layer_parts, part_operations
 from se_prune.preprocessing import example_input
 from se_prune.records import GateSite, Plan, Preprocessing
-from se_prune.results import ChangedImage, Evaluation, GateProfile, GateReport, OperationTime
+from se_prune.report import card
+from se_prune.results import ChangedImage, Evaluation, GateProfile, GateReport, OperationTime, PairedTest
 from se_prune.runtimes import require_runtime
 from se_prune.runtimes.bench import Setting
 
@@ -44,15 +47,26 @@ CHANGED, PIXELS = 24, 96
 #: Smaller images are shown as they are, in PNG.
 SMALL = 48
 PROFILE_RUNS = 20
+T = TypeVar("T")
 JPEG_QUALITY = 80
 
 
 def profiles(statistics: Statistics | None, classes: Sequence[str] = ()) -> tuple[GateProfile, ...]:
-    """Return the gate profiles of the first sites, for chosen classes or those whose gates differ most."""
+    """Return the gate profiles of the sites, for chosen classes or those whose gates differ most.
+
+    Of many sites, some spread evenly from the first to the last.
+    """
     if statistics is None:
         return ()
     chosen = classes or liveliest(statistics, PROFILE_CLASSES)
-    return tuple(profile(statistics, site.name, chosen) for site in statistics.sites[:PROFILES])
+    return tuple(profile(statistics, site.name, chosen) for site in spread_evenly(statistics.sites, PROFILES))
+
+
+def spread_evenly(items: Sequence[T], count: int) -> Sequence[T]:
+    """Return at most `count` of some items, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def require_known(names: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
@@ -103,6 +117,58 @@ def gate_report(
         environment=environment(device),
         sites=summarise(statistics),
         profiles=profiles(statistics, classes),
+    )
+
+
+def write_card(
+    path: Path,
+    network: Network,
+    data: DataSource,
+    result: Evaluation,
+    *,
+    file: str,
+    command: str,
+    device: torch.device,
+    against: tuple[str, Evaluation] | None = None,
+    paired: PairedTest | None = None,
+) -> None:
+    """Write the model card of a network that was just evaluated.
+
+    Args:
+        path: The card.
+        network: The network.
+        data: What it was evaluated on.
+        result: Its accuracy.
+        file: What MODEL was on the command line: a file, or the name of an architecture.
+        command: The command line.
+        device: Where it was evaluated.
+        against: The name of another network and its accuracy on the same images.
+        paired: The test of the two.
+
+    Raises:
+        SePruneError: The card cannot be written.
+    """
+    artifact = Path(file)
+    is_file = artifact.is_file()
+    write_text(
+        path,
+        card.render(
+            card.Card(
+                name=artifact.stem if is_file else file,
+                file=artifact.name if is_file else file,
+                header=network.header,
+                data=data.name,
+                evaluation=result,
+                cost=structure(network).cost,
+                bytes=bytes_of(artifact) if is_file else None,
+                dense=None if against is None else against[1],
+                other="" if against is None else f"network {against[0]}",
+                paired=paired,
+                command=command,
+                environment=environment(device),
+                hashes=hashes(data, (artifact,) if is_file else ()),
+            )
+        ),
     )
 
 
@@ -189,12 +255,14 @@ def gates_after(
         )
     cut.module.cpu()
     dense = {site.name: site for site in found.sites}
+    drawn = {site.name for site in spread_evenly(found.sites, PROFILES)}
     return {
         "sites_after": summarise(statistics),
         "gate_images": statistics.n,
         "profiles_after": tuple(
             profile(statistics, site.name, classes, kept_channels(found, plan, dense.get(site.name, site)))
-            for site in statistics.sites[:PROFILES]
+            for site in statistics.sites
+            if site.name in drawn
         ),
     }
 
@@ -277,16 +345,21 @@ def _encoded(image: torch.Tensor) -> dict[str, Any]:
 
 
 def hashes(data: DataSource, files: Iterable[Path]) -> dict[str, str]:
-    """Return SHA-256 of files, by name, and of both splits of the data.
+    """Return SHA-256 of files, by name, and of both splits of the data; a folder is hashed as its files, one by one.
 
     A split held in memory is hashed by its pixels and labels, one of image files by their names and labels, any other
     by its labels.
     """
-    found = {path.name: _of_file(path) for path in files}
+    whole = [(path, part) for path in files for part in (_inside(path) if path.is_dir() else (path,))]
+    found = {part.relative_to(path.parent).as_posix(): _of_file(part) for path, part in whole}
     for name, split in (("training", data.train), ("test", data.test)):
         what, digest = _of_split(split)
         found[f"{name} {what}"] = digest
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _of_file(path: Path) -> str:

@@ -192,7 +192,7 @@ def classes(run: Run) -> Plot:
             )
         )
     ends = [abs(v) for bar in bars for v in (bar.end, bar.low, bar.high) if v is not None]
-    reach = 1.35 * max(0.5, *ends)
+    reach = 1.5 * max(0.5, *ends)
     rows = [change.name for change in found]
     return Plot(
         height=24 * len(found),
@@ -222,7 +222,7 @@ def confusion(run: Run) -> Plot | None:
                 x=item.answer,
                 y=item.label,
                 color=LOSS if worse else GAIN,
-                strength=0.85 * math.sqrt(abs(change) / most),
+                strength=0.65 * math.sqrt(abs(change) / most),
                 label=f"{change:+d}".replace("-", "−") if change and len(run.classes) <= NUMBERED else "",
                 tip=f"{label}, answered {answer}: {text.count(item.dense)} → {text.count(item.last)} images",
             )

@@ -83,9 +83,7 @@ def gate_profile(
     x, y = _gate_axes(profile, dense or len(profile.mean))
     xs = tuple(float(i) for i in (profile.channels or range(len(profile.mean))))
     width = 2.5 if len(xs) <= 128 else 2.0 if len(xs) <= 512 else 1.5
-    low, high = (
-        tuple(m + sign * s for m, s in zip(profile.mean, profile.std, strict=True)) for sign in (-1, 1)
-    )
+    low, high = (_edge(profile.mean, profile.std, sign, y) for sign in (-1, 1))
     lines = [
         Line(
             xs=xs,
@@ -113,6 +111,11 @@ def gate_profile(
     )
 
 
+def _edge(gates: Sequence[float], std: Sequence[float], sign: int, y: Axis) -> tuple[float, ...]:
+    """Return one edge of a band of one standard deviation, within the axis."""
+    return tuple(min(y.high, max(y.low, g + sign * s)) for g, s in zip(gates, std, strict=True))
+
+
 def _band(xs: tuple[float, ...], low: tuple[float, ...], high: tuple[float, ...]) -> tuple[Band, ...]:
     """Return a band without the points that are no numbers."""
     kept = [i for i in range(len(xs)) if math.isfinite(low[i]) and math.isfinite(high[i])]
@@ -134,7 +137,7 @@ def within(profile: GateProfile, chosen: Sequence[str], *, dense: int | None = N
         if name not in profile.per_class_std:
             continue
         gates, std = profile.per_class[name], profile.per_class_std[name]
-        low, high = (tuple(g + sign * s for g, s in zip(gates, std, strict=True)) for sign in (-1, 1))
+        low, high = (_edge(gates, std, sign, y) for sign in (-1, 1))
         line = Line(xs=xs, ys=gates, name=name, color=color_of(i))
         plots.append(Plot(height=150, x=x, y=y, marks=(*_band(xs, low, high), line), subtitle=name))
     return tuple(plots)

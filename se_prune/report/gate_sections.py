@@ -87,7 +87,7 @@ def _figures(
     paragraphs: list[str],
 ) -> tuple[Figure, ...]:
     """Return the figures of gates; where the profiles are not among them, `paragraphs` says why."""
-    chart = None if chars is None else _profiles(profiles, profiles_after, chars)
+    chart = None if chars is None else _profiles(profiles, profiles_after, chars, len(sites))
     if profiles and chart is None:
         reason = "are drawn in the HTML report" if chars is None else "are too large for this page"
         paragraphs.append(
@@ -113,7 +113,9 @@ def _depth(before: Sequence[SiteSummary], after: Sequence[SiteSummary], what: st
     )
 
 
-def _profiles(profiles: Sequence[GateProfile], after: Sequence[GateProfile], chars: float) -> Figure | None:
+def _profiles(
+    profiles: Sequence[GateProfile], after: Sequence[GateProfile], chars: float, sites: int
+) -> Figure | None:
     """Return the gate profiles with as many classes as fit, or None where not even the means do."""
     channels = sum(len(profile.mean) for profile in (*profiles, *after))
     if not channels:
@@ -131,6 +133,7 @@ def _profiles(profiles: Sequence[GateProfile], after: Sequence[GateProfile], cha
         key="gates",
         caption="Gate by channel: one line a class, bold the mean of all classes with a band of one standard "
         f"deviation over images (Figure 5 of the paper){which}"
+        + (f"; {len(profiles)} of {sites} sites, spread evenly" if len(profiles) < sites else "")
         + ("; a class that is brought forward shows its spread within the class" if spread else ""),
         description="Line chart of the gate by channel index, one line a class; arrow keys move along the channels; "
         "the JSON beside this file has the numbers.",

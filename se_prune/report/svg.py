@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Protocol
@@ -33,7 +34,8 @@ from se_prune.report.plot import (
 STEPS = 1000
 TOP, BOTTOM = 24, 46
 #: The size of a file: pixels across, and the height of its title and of each row of its legend.
-WIDTH, TITLE, ROW = 900, 30, 22
+WIDTH, TITLE, ROW = 900, 22, 22
+TITLE_LINE = 100
 FONT = "system-ui, 'DejaVu Sans', Arial, sans-serif"
 DASHED = {"solid": "", "dotted": "2 3", "dashed": "7 4"}
 
@@ -165,8 +167,14 @@ def inline(plot: Plot, description: str) -> Markup:
 def standalone(plots: Sequence[Plot], title: str, keys: Sequence[Key] = ()) -> str:
     """Return a file with plots below each other, a title and a legend."""
     legend, rows = _legend(keys)
-    top = 12.0 + TITLE + ROW * rows
-    body = [f'<text x="16" y="26" font-size="16" font-weight="600">{escape(title)}</text>', legend]
+    lines = textwrap.wrap(title, TITLE_LINE)
+    shift = TITLE * (len(lines) - 1)
+    top = 12.0 + TITLE * len(lines) + ROW * rows
+    body = [
+        f'<text x="16" y="{26 + TITLE * i}" font-size="15" font-weight="600">{escape(line)}</text>'
+        for i, line in enumerate(lines)
+    ]
+    body.append(f'<g transform="translate(0 {shift})">{legend}</g>')
     for plot in plots:
         if plot.subtitle:
             body.append(f'<text x="16" y="{top + 14:.0f}" font-weight="600">{escape(plot.subtitle)}</text>')
@@ -373,7 +381,10 @@ def _cell(plot: Plot, frame: Frame, mark: Cell) -> str:
     width, height = (1 / abs(axis.high - axis.low) for axis in (plot.x, plot.y))
     label = ""
     if mark.label:
-        label = f'<text x="{frame.x(x)}" y="{frame.y(y)}" dy=".32em" text-anchor="middle">{escape(mark.label)}</text>'
+        label = (
+            f'<text class="cell" x="{frame.x(x)}" y="{frame.y(y)}" dy=".32em" text-anchor="middle">'
+            f"{escape(mark.label)}</text>"
+        )
     return (
         f'<rect x="{frame.x(x - width / 2)}" y="{frame.y(y - height / 2)}" width="{frame.across(width)}" '
         f'height="{frame.down(height)}" style="fill:{frame.color(mark.color)};fill-opacity:{mark.strength:.2f};'

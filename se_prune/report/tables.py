@@ -271,9 +271,9 @@ def _exported_row(item: Exported) -> tuple[str, ...]:
         item.target,
         item.output,
         text.file_size(item.bytes),
-        text.milliseconds(item.latency_ms),
-        text.tiny(item.max_abs_diff),
-        text.percent(item.top1_agreement, 2),
+        text.MISSING if item.latency_ms is None else text.milliseconds(item.latency_ms),
+        text.MISSING if item.max_abs_diff is None else text.tiny(item.max_abs_diff),
+        text.MISSING if item.top1_agreement is None else text.percent(item.top1_agreement, 2),
         text.count(item.images_checked),
     )
 

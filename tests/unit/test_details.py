@@ -202,10 +202,15 @@ def test_large_images_become_small_and_few():
 def test_hashes_are_those_of_the_files_and_of_both_splits(tmp_path):
     file = tmp_path / "a.bin"
     file.write_bytes(b"weights")
+    package = tmp_path / "b.mlpackage" / "Data"
+    package.mkdir(parents=True)
+    (package / "w.bin").write_bytes(b"more")
     source = open_data("fashion-mnist")
-    found = details.hashes(source, [file])
+    found = details.hashes(source, [file, package.parent])
     assert found["a.bin"] == hashlib.sha256(b"weights").hexdigest()
-    assert set(found) == {"a.bin", "training images and labels", "test images and labels"}
+    assert found["b.mlpackage/Data/w.bin"] == hashlib.sha256(b"more").hexdigest()
+    splits = {"training images and labels", "test images and labels"}
+    assert set(found) == {"a.bin", "b.mlpackage/Data/w.bin"} | splits
     other = TensorImages(images=source.test.images, labels=source.test.labels.flip(0))
     changed = details.hashes(dataclasses.replace(source, test=other), [])
     assert changed["training images and labels"] == found["training images and labels"]
@@ -250,3 +255,9 @@ def test_gates_of_the_pruned_network_are_measured_on_training_images():
     for site, gate in zip(network.sites, fields["profiles_after"], strict=True):
         assert list(gate.per_class) == ["a", "c"]
         assert len(gate.mean) == len(gate.channels) <= site.channels
+
+
+def test_of_many_sites_some_are_drawn_from_the_first_to_the_last():
+    assert details.spread_evenly(range(5), 24) == range(5)
+    found = details.spread_evenly(range(50), 24)
+    assert (len(set(found)), found[0], found[-1]) == (24, 0, 49)

@@ -68,7 +68,8 @@ def test_gate_profiles_hold_every_site_and_class_before_and_after(run):
             read = [axis.high - y / svg.STEPS * (axis.high - axis.low) for _, y in points(line)]
             assert read == pytest.approx(gates, abs=0.6 * (axis.high - axis.low) / svg.STEPS)
         [band] = marks(panel[0], Band)
-        assert band.low == pytest.approx([m - s for m, s in zip(dense.mean, dense.std, strict=True)])
+        edge = [max(0.0, m - s) for m, s in zip(dense.mean, dense.std, strict=True)]
+        assert band.low == pytest.approx(edge), "the band stays between the axes"
         *thin, bold = (line.width for line in marks(panel[0], Line))
         assert max(thin) <= bold / 2
     after = figure.panels[2][1]
@@ -111,6 +112,12 @@ def large_run(sites=16, channels=944, classes=30):
     names = tuple(f"class number {i}" for i in range(classes))
     profiles = tuple(profile(f"layer{i}.se", channels, 0.1, names) for i in range(sites))
     return make_run(profiles=profiles, profiles_after=(), classes=names)
+
+
+def test_the_figure_says_where_it_has_not_every_site(run):
+    few = dataclasses.replace(run, profiles=run.profiles[:3])
+    assert "; 3 of 4 sites, spread evenly" in gates_figure(few).caption
+    assert "spread evenly" not in gates_figure(run).caption
 
 
 def test_large_profiles_are_thinned_to_fit_and_it_is_said():
