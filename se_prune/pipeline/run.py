@@ -151,6 +151,7 @@ def run_recipe(
         course.progress.finish()
         return run
 
+    distributed.barrier()  # the state, which goes in the end, is read by nobody any more
     run = distributed.record_from_main(Run, concluded)
     return RunOutcome(run=run, network=network, files=_files(run, folder))
 

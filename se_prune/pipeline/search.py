@@ -58,6 +58,7 @@ def smallest(course: Course, table: SearchTable) -> float:
                 done = _tried(course, table, budget)
             tries = (*tries, done)
             course.progress.note(tries=tries)
+        distributed.barrier()  # nobody reads there any more
         remove_folder(_folder(course, budget))
         low, high = (low, budget) if done.keeps else (budget, high)
     if high == 1.0:

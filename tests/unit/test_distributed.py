@@ -148,6 +148,7 @@ def test_batches_that_cannot_be_shared_are_refused(two):
 
 
 def test_records_and_files_come_from_the_main_process(two, folder):
+    assert [notes["budget"] for _, notes in two] == ["the main process refused."] * 2
     assert [notes["record"]["std"] for _, notes in two] == [[0.25], [0.25]]
     assert (folder / "once.txt").read_text() == "written by process 0"
     assert [p.name for p in folder.glob(".*")] == []
