@@ -18,7 +18,7 @@ from torch.nn import functional
 #: Patches of a convolution that are unfolded at a time, in elements.
 PATCH_ELEMENTS = 1 << 24
 #: Positions of an image that are taken, spread at random; neighbouring ones say almost the same.
-POSITIONS = 128
+POSITIONS = 64
 #: Layers that read more have no Gram matrix taken: it would need gigabytes.
 MAX_INPUTS = 8192
 LAYER_TYPES = (nn.Conv2d, nn.Linear)
