@@ -174,6 +174,24 @@ def test_large_layers_never_stay_in_float(form):
     ]
 
 
+def test_logits_before_a_softmax_keep_their_digits():
+    torch.manual_seed(0)
+    exported = subject(network(Gated()), torch.randn(4, *SIZE), pixels="nchw")
+    [last] = [c for c in qdq.Int8Form(model_of(exported)).candidates if c.kind == "Gemm"]
+    assert last.last
+
+
+def test_what_is_not_finite_in_calibration_stays_in_float(form):
+    made, images = form
+    partly = qdq.Int8Form(made.model)
+    partly.ranges = {n: r for n, r in made.ranges.items() if n != made.candidates[0].settled}
+    built = partly.build({c.index for c in partly.candidates})
+    kinds = [n.op_type for n in built.graph.node]
+    assert kinds.count("QuantizeLinear") == 7, "what the gate, the product and the last layer read and give"
+    assert kinds.count("Conv") == 4
+    assert len(session(built.SerializeToString()).run(None, {"images": images})[0]) == len(images)
+
+
 def told(caplog):
     return [r.getMessage() for r in caplog.records if r.name.startswith("se_prune")]
 
