@@ -25,6 +25,7 @@ _API = {
     "bench": "se_prune.runtimes",
     "choose_device": "se_prune.device",
     "count_cost": "se_prune.cost",
+    "export_network": "se_prune.pipeline",
     "find_sites": "se_prune.gates.sites",
     "finetune": "se_prune.pipeline",
     "for_classes": "se_prune.pipeline",

@@ -176,6 +176,11 @@ def _bundled(spec: ArchSpec, name: str) -> Network:
             f"{spec.ref} comes without trained weights (those that have them: {have}); "
             f"leave --pretrained out, or make them with `se-prune train --arch {spec.ref}`."
         )
+    other = sorted(set(spec.kwargs) - registry.COMMON_KWARGS)
+    if other:
+        raise UsageError(
+            f"the bundled {spec.ref} has its own {other[0]}; leave that option or --pretrained out."
+        )
     network = artifact.load(path)
     _require_sizes(network, spec.kwargs, f"the bundled {spec.ref}")
     return network

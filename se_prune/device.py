@@ -8,19 +8,25 @@ from pathlib import Path
 
 import torch
 
+from se_prune import distributed
 from se_prune.errors import UsageError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device of a name; `auto` is cuda, then mps, then cpu.
+    """Return the device of a name; `auto` is cuda, then mps, then cpu. Each of several processes has its own GPU.
 
     Raises:
-        UsageError: The device is unknown or not on this machine.
+        UsageError: The device is unknown or not on this machine, or the processes cannot share it.
     """
+    several = distributed.size() > 1
+    if several and name not in {"auto", "cuda", "cpu"}:
+        raise UsageError(f"--device {name} cannot be shared by several processes; use auto, cuda or cpu.")
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            return torch.device("cuda", distributed.local_rank()) if several else torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() and not several else "cpu")
+    if name == "cuda" and several:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # `meta` makes tensors, but they hold nothing

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from se_prune.data.source import readable
+from se_prune import distributed
+from se_prune.data.source import readable, shared_batches
 from se_prune.errors import DataError
 from se_prune.records import Preprocessing
-from se_prune.results import Evaluation, PairedTest
+from se_prune.results import Drop, Evaluation, PairedTest
 
 if TYPE_CHECKING:
     from se_prune.data import Split
@@ -74,6 +76,8 @@ def evaluate(
 ) -> Evaluation:
     """Run `model` in eval mode over every image of `split` once; those that cannot be read count nowhere.
 
+    Several processes share the images: each image is seen by one of them, and all return the whole result.
+
     Args:
         model: The network; it stays on `device` in eval mode.
         split: Images with labels.
@@ -90,7 +94,8 @@ def evaluate(
         raise DataError("there are no images to evaluate; check --data.")
     model.to(device).eval()
     predicted, top5, loss = torch.full((len(split),), UNREADABLE), 0, 0.0
-    for number, (images, labels) in enumerate(split.batches(batch_size, preprocessing)):
+    mine = distributed.share(len(split), batch_size)
+    for number, (images, labels) in enumerate(shared_batches(split, batch_size, preprocessing)):
         logits = model(images.to(device, non_blocking=True)).float().cpu()
         if int(labels.max()) >= logits.shape[1]:
             raise DataError(
@@ -100,11 +105,13 @@ def evaluate(
         loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         best = logits.topk(min(5, logits.shape[1])).indices
         top5 += int((best == labels[:, None]).any(1).sum())
-        start = number * batch_size
-        places = readable(split, torch.arange(start, min(start + batch_size, len(split))))
+        places = readable(split, mine[number * batch_size : (number + 1) * batch_size])
         predicted[places] = logits.argmax(1)
         if on_batch is not None:
-            on_batch(len(labels))
+            on_batch(len(labels) * distributed.size())
+    distributed.largest(predicted)  # an image is UNREADABLE, the least, where another process has it
+    sums = torch.tensor([top5, loss], dtype=torch.float64)
+    distributed.add_up(sums)
     seen = predicted != UNREADABLE
     if not seen.any():
         raise DataError("none of the images to evaluate can be read; check --data.")
@@ -117,9 +124,9 @@ def evaluate(
     return Evaluation(
         n=n,
         top1=right / n,
-        top5=top5 / n,
+        top5=int(sums[0]) / n,
         top1_ci95=wilson(right, n),
-        loss=loss / n,
+        loss=float(sums[1]) / n,
         per_class=per_class,
         predictions=tuple(predicted.tolist()),
     )
@@ -130,3 +137,28 @@ def paired(first: Evaluation, second: Evaluation, split: Split) -> PairedTest:
     three = zip(first.predictions, second.predictions, split.labels.tolist(), strict=True)
     both = [(a == t, b == t) for a, b, t in three if UNREADABLE not in (a, b)]
     return mcnemar([a for a, _ in both], [b for _, b in both])
+
+
+def drop(first: Evaluation, second: Evaluation, split: Split, confidence: float) -> Drop:
+    """Return the top-1 that the second of two networks loses, from pairs of answers to the same images.
+
+    The intervals are Wald's of a difference of paired proportions, with one image added to each kind of disagreement
+    (Bonett and Price 2012), so that they are not of length zero where the two agree everywhere.
+
+    Args:
+        first: The network that is compared with.
+        second: The network that may lose.
+        split: The images of both.
+        confidence: Level of the one-sided interval whose upper end is returned; 0.5 gives the drop itself.
+    """
+    test = paired(first, second, split)
+    n = sum(UNREADABLE not in pair for pair in zip(first.predictions, second.predictions, strict=True))
+    lost, won = (test.only_first_right + 1) / (n + 2), (test.only_second_right + 1) / (n + 2)
+    error = math.sqrt((lost + won - (lost - won) ** 2) / (n + 2))
+    measured = -test.top1_difference
+    return Drop(
+        n=n,
+        drop=measured,
+        ci95=(lost - won - Z95 * error, lost - won + Z95 * error),
+        upper=measured if confidence == 0.5 else lost - won + NormalDist().inv_cdf(confidence) * error,
+    )

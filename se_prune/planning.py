@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from se_prune.errors import BudgetError, UsageError
 from se_prune.ledger import refusals, why_no_more
-from se_prune.problem import Problem, branches, latency, pose, settled, totals
+from se_prune.problem import Problem, branches, latency, pose, saved, settled, totals
 from se_prune.records import (
     Budget,
     ChannelGroup,
@@ -239,11 +239,13 @@ def _steps(problem: Problem, scores: Scores) -> list[tuple[float, int, int]]:
     what the budget counts, that the channel costs.
     """
     steps = []
+    full = [c.group.channels for c in problem.couplings]
+    dense = totals(problem, full)[0] if problem.times is None else latency(problem, full)
     for number, coupling in enumerate(problem.couplings):
         if problem.follows(number):
             continue
         ordered = [v for v in sorted(_normalised(scores, coupling.group)) for _ in range(coupling.group.tied)]
-        saving = _saving(problem, number) ** COST_POWER if scores.comparable else 1.0
+        saving = _saving(problem, number, full, dense) ** COST_POWER if scores.comparable else 1.0
         total = sum(ordered)
         left, highest = total, -math.inf
         options = problem.options[number]
@@ -258,20 +260,14 @@ def _steps(problem: Problem, scores: Scores) -> list[tuple[float, int, int]]:
     return sorted(steps, key=lambda s: (s[0], s[1], -s[2]))
 
 
-def _saving(problem: Problem, number: int) -> float:
-    """Return the share of the dense MACs (or milliseconds) that one channel of a group is worth."""
-
-    def price(kept: Sequence[int]) -> float:
-        return totals(problem, kept)[0] if problem.times is None else latency(problem, kept)
-
-    full = [c.group.channels for c in problem.couplings]
+def _saving(problem: Problem, number: int, full: Sequence[int], dense: float) -> float:
+    """Return the share of the `dense` MACs (or milliseconds) that one channel of a group is worth."""
     without = list(full)
     without[number] = problem.options[number][-1]
     lost = full[number] - without[number]
     if lost == 0:
         return 1.0
-    dense = price(full)
-    return max(1e-12, (dense - price(without)) / lost / (dense or 1.0))
+    return max(1e-12, saved(problem, full, without, number)[0] / lost / (dense or 1.0))
 
 
 def _descend(problem: Problem, budget: Budget, target: float, scores: Scores) -> list[int]:
@@ -303,6 +299,7 @@ def _fill(problem: Problem, budget: Budget, target: float, kept: list[int], scor
     counted = [budget.kind != "sparsity" or c.group.kind != "hidden" for c in problem.couplings]
     undo = [step for step in _steps(problem, scores) if kept[step[1]] <= step[2] and counted[step[1]]]
     current = list(kept)
+    measured = _measure(problem, budget, current)
     for _, group, width in reversed(undo):
         options = problem.options[group]
         wider = options[options.index(width) - 1]
@@ -310,9 +307,27 @@ def _fill(problem: Problem, budget: Budget, target: float, kept: list[int], scor
             continue
         trial = list(current)
         trial[group] = wider
-        if _measure(problem, budget, trial) <= target:
-            current = trial
+        wanted = _measured(problem, budget, measured, current, trial=trial, group=group)
+        if wanted <= target:
+            current, measured = trial, wanted
     return current
+
+
+def _measured(
+    problem: Problem,
+    budget: Budget,
+    before: float,
+    kept: Sequence[int],
+    *,
+    trial: Sequence[int],
+    group: int,
+) -> float:
+    """Return `_measure` of a trial that differs from `kept`, whose measure is `before`, in one group alone."""
+    if budget.timed:
+        return _measure(problem, budget, trial)  # milliseconds are no whole numbers, so that sums would drift
+    if budget.kind == "sparsity":
+        return before + trial[group] - kept[group]
+    return before - saved(problem, kept, trial, group)[0 if budget.kind == "macs" else 1]
 
 
 def _order(coupling: Coupling, values: Sequence[float], min_channels: int) -> list[int]:

@@ -86,8 +86,9 @@ class OperationTime:
     """One operation of a network in a runtime: lower quartile of its milliseconds over runs of one batch.
 
     `layer` is the layer of the torch network that it computes, or None; `into`, `out` and `macs` (of the batch) are
-    that layer's, 0 without. `aligned_ms` is the share of `ms` that it would take with both widths rounded up to
-    multiples of 8, measured on the layer alone; None where they are multiples already.
+    that layer's, 0 without. `part` is where in the network it runs: stem, a stage, SE blocks, head. `aligned_ms` is the
+    share of `ms` that it would take with both widths rounded up to multiples of 8, measured on the layer alone; None
+    where they are multiples already.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -98,18 +99,58 @@ class OperationTime:
     into: int = 0
     out: int = 0
     macs: int = 0
+    part: str = ""
     aligned_ms: float | None = None
 
 
 @record
 class GateProfile:
-    """The gate of one site by channel: the all-class mean and spread, and the mean per class (Figure 5)."""
+    """The gate of one site by channel: the all-class mean and spread, and the mean per class (Figure 5).
+
+    `per_class_std` is the spread within a class. `channels` are the dense network's numbers of the channels, where a
+    cut network has others.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     site: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     per_class: dict[str, tuple[float, ...]]
+    per_class_std: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    channels: tuple[int, ...] = ()
+
+
+@record
+class GateReport:
+    """What `analyze` shows of a network's gates on `n` training images; `environment` as in `Run`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    command: str
+    data: str
+    n: int
+    seed: int
+    outlook: str
+    environment: dict[str, str]
+    sites: tuple[SiteSummary, ...]
+    profiles: tuple[GateProfile, ...]
+
+
+@record
+class ChangedImage:
+    """A test image that two networks answer differently, small: a file of type `mime`, its `data` in base64.
+
+    `index` is its place in the test split; `label`, `first` and `second` (the two answers) are classes by number.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    index: int
+    label: int
+    first: int
+    second: int
+    mime: Literal["image/png", "image/jpeg"]
+    data: str
 
 
 @record
@@ -134,26 +175,128 @@ class StageResult:
 
 
 @record
-class Exported:
-    """An exported file, checked against the torch network on real images; `max_abs_diff` of the logits.
+class LayerNoise:
+    """What whole numbers do at one layer, in dB: 10·log10(signal power / noise power).
 
-    `top1_agreement` is the share of the checked images with the same top-1 class; `latency_ms` the median
-    at batch 1.
+    `inside_db` is that of the layer's own output in the file, with all noise from before it; `alone_db` that of the
+    network's output where this layer alone is int8. None: nothing differs at all.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    layer: str
+    kind: str
+    inside_db: float | None
+    alone_db: float | None
+    kept_float: bool
+
+
+@record
+class Int8:
+    """An int8 file beside the float one of the same network and target.
+
+    Accuracies are of the `n` test images; None where no test images were given. `size_ratio` and `latency_ratio` are
+    int8 over float. `output_db` is the signal-to-noise ratio of the outputs on the checked images. `layers` is empty
+    where the target's tool does not let them be told apart.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    n: int
+    top1: float | None
+    top1_float: float | None
+    float_bytes: int
+    size_ratio: float
+    float_latency_ms: float
+    latency_ratio: float
+    output_db: float | None
+    calibration_images: int
+    layers: tuple[LayerNoise, ...] = ()
+
+
+@record
+class Exported:
+    """An exported file, checked against the torch network on real images; `max_abs_diff` of the outputs.
+
+    `bytes` counts all `files`; `relative_diff` is the difference relative to the largest output (or to 1, if all are
+    smaller); `top1_agreement` the share of the checked images with the same top-1 class; `latency_ms` the median at
+    batch 1. They are None where this machine cannot run the file, and `note` says why. `preprocessing` says what the
+    file takes: preprocessed floats, or bytes in a layout.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     target: str
     output: str
     bytes: int
-    max_abs_diff: float
-    top1_agreement: float
+    max_abs_diff: float | None
+    top1_agreement: float | None
     images_checked: int
-    latency_ms: float
+    latency_ms: float | None
+    relative_diff: float | None = None
+    files: tuple[str, ...] = ()
+    input: str = "float32 nchw"
+    note: str = ""
+    int8: Int8 | None = None
+
+
+@record
+class Drop:
+    """Top-1 that one network loses against another on the same `n` images, a fraction; negative where it gains.
+
+    `ci95` is the two-sided 95 % interval, `upper` the end of the one-sided one at the level that was asked for.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    n: int
+    drop: float
+    ci95: tuple[float, float]
+    upper: float
+
+
+@record
+class Try:
+    """One network of a search: the fraction of the MACs that it was to keep and kept, and its drop on held-out images.
+
+    `refused` is the sentence that says why there is none.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    budget: float
+    macs: float | None = None
+    drop: Drop | None = None
+    keeps: bool = False
+    refused: str | None = None
+
+
+@record
+class MaxDrop:
+    """What a search for the smallest network within `max_drop` (a fraction) came to.
+
+    Tries are decided on images held out of the split `images`; `proof` is the final network's drop on test images that
+    no decision has seen. What counts of a drop is its upper end at the level `confidence`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    max_drop: float
+    confidence: float
+    images: Literal["train", "test"]
+    tries: tuple[Try, ...]
+    proof: Drop
+
+    @property
+    def kept(self) -> bool:
+        """Whether the final network keeps the drop on the test images."""
+        return self.proof.upper <= self.max_drop
 
 
 @record
 class Run:
-    """All that a report shows of one compression run; nothing in it is computed by the report."""
+    """All that a report shows of one compression run.
+
+    `labels` are those of the test images, in the order of each stage's predictions. `parts` says in which part of the
+    network (stem, a stage, SE blocks, head) a layer is, and `operations` how long each takes in the dense and the
+    pruned network. `sites_after` and `profiles_after` are the pruned network's, on as many training images as
+    `gate_images`. `changed` are some of the test images whose answer changed, and `hashes` the SHA-256 of files and
+    data.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -176,3 +319,12 @@ class Run:
     sites: tuple[SiteSummary, ...] = ()
     profiles: tuple[GateProfile, ...] = ()
     exported: tuple[Exported, ...] = ()
+    max_drop: MaxDrop | None = None
+    labels: tuple[int, ...] = ()
+    parts: dict[str, str] = field(default_factory=dict)
+    operations: tuple[tuple[OperationTime, ...], tuple[OperationTime, ...]] | None = None
+    sites_after: tuple[SiteSummary, ...] = ()
+    profiles_after: tuple[GateProfile, ...] = ()
+    gate_images: int = 0
+    changed: tuple[ChangedImage, ...] = ()
+    hashes: dict[str, str] = field(default_factory=dict)

@@ -39,6 +39,16 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     return str(_adapter(type(value)).dump_json(value, indent=indent).decode())
 
 
+def json_schema(cls: type[Any]) -> dict[str, Any]:
+    """Return the JSON Schema of a record, as its files have it."""
+    schema = _adapter(cls).json_schema(mode="serialization")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"{cls.__name__}, schema version {SCHEMA_VERSION}",
+        **{key: value for key, value in schema.items() if key != "title"},
+    }
+
+
 def to_dict(value: Any) -> dict[str, Any]:
     """Return a record as plain JSON values."""
     return dict(_adapter(type(value)).dump_python(value, mode="json"))

@@ -29,6 +29,12 @@ def interval(bounds: tuple[float, float]) -> str:
     return f"{100 * low:.2f}–{100 * high:.2f} %"
 
 
+def points_interval(bounds: tuple[float, float], digits: int = 1) -> str:
+    """Write a 95 % interval of a difference of fractions: "−3.1 to +0.4 points"."""
+    low, high = (points(end, digits).removesuffix(" points") for end in bounds)
+    return f"{low} to {high} points"
+
+
 def count(number: int) -> str:
     """Write a whole number with commas between thousands."""
     return f"{number:,}"

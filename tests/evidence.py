@@ -22,6 +22,10 @@ class Tensors:
     def __len__(self):
         return len(self.labels)
 
+    def first(self, limit):
+        """Return the first `limit` images, or all for None."""
+        return Tensors(self.images[:limit], self.labels[:limit])
+
     def batches(self, batch_size, _=None):
         yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
 
@@ -48,7 +52,7 @@ def evidence(model, size, classes, split=None):
         device=CPU,
         statistics=collect(model, sites, split, preprocessing, classes=names, device=CPU),
         energies=collect_energies(model, split, preprocessing, classes=classes, device=CPU),
-        batches=lambda: split.batches(4),
+        batches=lambda limit: split.first(limit).batches(4),
     )
 
 

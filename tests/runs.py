@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import base64
 import random
+from collections import Counter
 from typing import Any
 
 from se_prune.evaluate import wilson
@@ -16,7 +17,17 @@ from se_prune.records import (
     Plan,
     SiteSummary,
 )
-from se_prune.results import Evaluation, Exported, GateProfile, Latency, PairedTest, Run, StageResult
+from se_prune.results import (
+    ChangedImage,
+    Evaluation,
+    Exported,
+    GateProfile,
+    Latency,
+    OperationTime,
+    PairedTest,
+    Run,
+    StageResult,
+)
 
 CLASSES = (
     "T-shirt/top",
@@ -49,17 +60,26 @@ N_IMAGES = 10_000
 
 
 def evaluation(right: int, *, top5: float = 0.998, classes: tuple[str, ...] = CLASSES) -> Evaluation:
-    """Return an evaluation with `right` of 10,000 images right, spread unevenly over the classes."""
+    """Return an evaluation with `right` of 10,000 images right; image i is of class i modulo their number."""
     top1 = right / N_IMAGES
-    spread = {name: min(1.0, top1 + 0.03 * math.sin(3 * i + right)) for i, name in enumerate(classes)}
+    rng = random.Random(right)
+    wrong = set(rng.sample(range(N_IMAGES), N_IMAGES - right))
+    predictions = tuple(
+        (i + (1 + rng.randrange(len(classes) - 1) if i in wrong else 0)) % len(classes)
+        for i in range(N_IMAGES)
+    )
+    seen, hit = (
+        Counter(i % len(classes) for i in range(N_IMAGES)),
+        Counter(i % len(classes) for i in range(N_IMAGES) if i not in wrong),
+    )
     return Evaluation(
         n=N_IMAGES,
         top1=top1,
         top5=top5,
         top1_ci95=wilson(right, N_IMAGES),
         loss=0.9 - 0.75 * top1,
-        per_class=spread,
-        predictions=tuple(i % len(classes) for i in range(40)),
+        per_class={name: hit[i] / seen[i] for i, name in enumerate(classes)},
+        predictions=predictions,
     )
 
 
@@ -70,8 +90,54 @@ def profile(site: str, channels: int, liveliness: float, classes: tuple[str, ...
     per_class = {
         name: tuple(min(1.0, max(0.0, m + rng.gauss(0, liveliness))) for m in mean) for name in classes
     }
+    spread = tuple(0.02 + 0.5 * liveliness for _ in mean)
     return GateProfile(
-        site=site, mean=tuple(mean), std=tuple(0.02 + liveliness for _ in mean), per_class=per_class
+        site=site,
+        mean=tuple(mean),
+        std=tuple(0.02 + liveliness for _ in mean),
+        per_class=per_class,
+        per_class_std=dict.fromkeys(classes, spread),
+    )
+
+
+def after(dense: GateProfile) -> GateProfile:
+    """Return a gate profile of every second channel."""
+    return GateProfile(
+        site=dense.site,
+        mean=dense.mean[::2],
+        std=dense.std[::2],
+        per_class={name: gates[::2] for name, gates in dense.per_class.items()},
+        per_class_std={name: gates[::2] for name, gates in dense.per_class_std.items()},
+        channels=tuple(range(0, len(dense.mean), 2)),
+    )
+
+
+def operations(factor: float) -> tuple[OperationTime, ...]:
+    """Return a profile of five operations, each `factor` times as slow."""
+    return tuple(
+        OperationTime(name=name, kind="Conv", ms=factor * ms, layer=name, part=part)
+        for name, ms, part in (
+            ("conv1", 1.25, "stem"),
+            ("layer1.0.conv1", 2.5, "stage 1, 28 × 28"),
+            ("layer1.0.se.reduce", 0.25, "SE blocks"),
+            ("layer1.0.se.expand", 0.5, "SE blocks"),
+            ("fc", 0.125, "head"),
+        )
+    )
+
+
+#: One black pixel.
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
+def changed() -> tuple[ChangedImage, ...]:
+    """Return two images whose answer changed: one lost, one won."""
+    file = {"mime": "image/png", "data": base64.b64encode(PNG).decode()}
+    return (
+        ChangedImage(index=17, label=7, first=7, second=9, **file),
+        ChangedImage(index=23, label=3, first=4, second=3, **file),
     )
 
 
@@ -85,7 +151,7 @@ def cost(macs: int, params: int, se: int) -> Cost:
         macs_se=se,
         macs_gate=3 * se // 2,
         input_size=(1, 28, 28),
-        per_layer={"conv1": macs // 4, "layer1.0.conv1": macs // 2, "fc": 640},
+        per_layer={"conv1": macs // 4, "layer1.0.conv1": macs // 2, "layer1.0.se.reduce": se, "fc": 640},
         uncounted={"batch_norm": 19, "relu": 13, "add": 9},
     )
 
@@ -190,5 +256,19 @@ def make_run(**changes: Any) -> Run:
             )
         ),
         "exported": (exported(),),
+        "labels": tuple(i % len(CLASSES) for i in range(N_IMAGES)),
+        "parts": {
+            "conv1": "stem",
+            "layer1.0.conv1": "stage 1, 28 × 28",
+            "layer1.0.se.reduce": "SE blocks",
+            "layer1.0.se.expand": "SE blocks",
+            "fc": "head",
+        },
+        "operations": (operations(1.0), operations(0.5)),
+        "sites_after": sites()[:3],
+        "gate_images": 2048,
+        "changed": changed(),
+        "hashes": {"dense.safetensors": "ab" * 32, "test split": "cd" * 32},
     }
+    fields["profiles_after"] = tuple(after(profile) for profile in fields["profiles"][:3])
     return Run(**{**fields, **changes})

@@ -8,9 +8,9 @@ import sys
 
 import typer
 
-from se_prune import __version__
-from se_prune.errors import SePruneError
-from se_prune_cli.output import Notices
+from se_prune import __version__, distributed
+from se_prune.errors import SePruneError, UsageError
+from se_prune_cli.output import Notices, silence
 
 app = typer.Typer(
     name="se-prune",
@@ -34,6 +34,8 @@ COMMANDS = (
     "train",
     "run",
 )
+#: Those that several processes of torchrun can share.
+SHARED = frozenset({"analyze", "apply", "finetune", "evaluate", "train", "run"})
 
 
 def _version(show: bool) -> None:
@@ -44,11 +46,22 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    pass
+    del version
+    if not distributed.launched():
+        return
+    distributed.start()
+    if not distributed.is_main():
+        silence()
+    if context.invoked_subcommand not in SHARED:
+        raise UsageError(
+            f"`se-prune {context.invoked_subcommand}` runs in one process: start it without torchrun, which serves "
+            f"{', '.join(sorted(SHARED))}."
+        )
 
 
 for _name in COMMANDS:
@@ -63,5 +76,9 @@ def main() -> None:
     try:
         app()
     except SePruneError as error:
-        typer.echo(f"error: {error}", err=True)
+        if distributed.fails_first():
+            typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except Exception:
+        distributed.fails_first()  # what the others then say about it is not worth saying
+        raise

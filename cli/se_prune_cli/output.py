@@ -8,7 +8,8 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -67,7 +68,17 @@ InputSize = Annotated[
 Mean = Annotated[str | None, typer.Option("--mean", help="Comma-separated channel means; overrides.")]
 Std = Annotated[str | None, typer.Option("--std", help="Comma-separated channel deviations; overrides.")]
 
+Figures = Annotated[
+    Path | None,
+    typer.Option("--figures", help="Folder for every figure as SVG, and as PNG with the extra `figures`."),
+]
+
 ERR = Console(stderr=True)
+
+
+def silence() -> None:
+    """Show nothing more: of several processes the main one alone speaks."""
+    ERR.quiet = True
 
 
 class Notices(logging.Handler):
@@ -83,7 +94,7 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=as_json)
+        self.console = Console(stderr=as_json, quiet=ERR.quiet)
 
     def say(self, text: str) -> None:
         """Print a message on stderr."""
@@ -103,7 +114,7 @@ class Output:
 
     def document(self, value: dict[str, Any] | list[Any]) -> None:
         """Print the JSON document on stdout if `--json` was given."""
-        if self.as_json:
+        if self.as_json and not ERR.quiet:
             json.dump(value, sys.stdout, indent=2)
             sys.stdout.write("\n")
 
@@ -195,6 +206,17 @@ def command_line(data: str) -> str:
     from se_prune.data.source import reference_name
 
     return shlex.join(["se-prune", *(reference_name(a) if a == data else a for a in sys.argv[1:])])
+
+
+def figures_note(out: Output, folder: Path | None, files: Sequence[Path]) -> None:
+    """Say where the figures are, and what is missing for PNG."""
+    from se_prune.report.files import NO_PNG, can_draw_png
+
+    if folder is None:
+        return
+    out.say(f"figures: {folder}, {len(files)} files")
+    if not can_draw_png():
+        out.say(NO_PNG)
 
 
 def class_names(classes: str) -> list[str]:

@@ -38,6 +38,7 @@ def trained(
 
     The log is OUTPUT's name with `.training.csv`. The state stays until `forget`, after the artifact is written.
     """
+    from se_prune import distributed
     from se_prune.pipeline.view import shown
     from se_prune.training.state import remove_state, state_beside
     from se_prune.training.tracking import following
@@ -45,7 +46,7 @@ def trained(
     folder = state or state_beside(output)
     if not resume:
         remove_state(folder)
-    is_new = not folder.exists()
+    is_new = distributed.is_main() and not folder.exists()
     try:
         with (
             Progressed().stage(title, None) as update,

@@ -19,12 +19,19 @@ STUDIES = (
     "discovery",
     "kills",
     "throughput",
+    "distributed",
     "recipes",
+    "export",
+    "int8",
     "distill",
     "sensitivity",
+    "schedules",
+    "max_drop",
+    "report",
+    "graph_cost",
 )
 #: Those that need files which are not ours, named by the environment.
-NAMED = ("onnx_in", "full_finetune")
+NAMED = ("onnx_in", "picture", "full_finetune")
 
 
 def main() -> None:

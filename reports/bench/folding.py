@@ -37,8 +37,8 @@ from se_prune.gates.summary import fold_constants, fold_loss
 from se_prune.gates.tap import tap
 from se_prune.latency import measure_latency
 from se_prune.pipeline import analyze, apply_plan, example_input, outlook, plan, structure
+from se_prune.pipeline.exporting import real_images
 from se_prune.pipeline.measure import MEASURED_IMAGES, SHIFT_IMAGES
-from se_prune.pipeline.run import real_images
 from se_prune.records import Budget, RepairMode
 from se_prune.results import Evaluation
 from se_prune.runtimes.ort import open_file

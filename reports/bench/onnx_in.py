@@ -28,7 +28,7 @@ from se_prune.device import choose_device
 from se_prune.evaluate import evaluate
 from se_prune.export import export
 from se_prune.pipeline import analyze, apply_plan, plan, structure
-from se_prune.pipeline.run import real_images
+from se_prune.pipeline.exporting import real_images
 from se_prune.records import Budget
 from se_prune.results import Exported
 from se_prune.surgery.refit import refit

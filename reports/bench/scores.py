@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from se_prune.device import choose_device
 from se_prune.evaluate import evaluate
 from se_prune.layers import layer_costs
 from se_prune.pipeline import analyze, apply_plan, structure
-from se_prune.pipeline.measure import BATCH, MEASURED_IMAGES, Structure
+from se_prune.pipeline.measure import MEASURED_IMAGES, Structure, first_batches
 from se_prune.records import Budget, HiddenPolicy
 from se_prune.scoring import Evidence, score
 
@@ -104,7 +105,7 @@ def evidence_of(network: Network, data: DataSource, found: Structure, device: to
         device=device,
         statistics=statistics,
         energies=statistics.energies,
-        batches=lambda: subset.batches(BATCH, network.header.preprocessing),
+        batches=partial(first_batches, subset, network.header.preprocessing),
     )
 
 

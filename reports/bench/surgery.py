@@ -1,7 +1,8 @@
 """Surgery on networks of timm, torchvision and the zoo at 30 % and 60 % of their channels, beside plain torch-pruning.
 
-Weights are random, with lively BN statistics; channels leave by the L2 norm of their group. Each network runs in a
-process of its own, which is given up after `SECONDS`. A finished one is a line of `reports/surgery.jsonl`.
+Weights are random, with lively BN statistics that let no signal grow; channels leave by the L2 norm of their group.
+Each network runs in a process of its own, which is given up after `SECONDS`. A finished one is a line of
+`reports/surgery.jsonl`.
 """
 
 from __future__ import annotations
@@ -88,12 +89,13 @@ def one(name: str, sparsity: float) -> dict[str, Any]:
 
     from se_prune.checkpoint import open_model
     from se_prune.errors import SePruneError
-    from tests.built import lively
+    from tests.built import calm, lively
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     network = open_model(name)
     lively(network.module, network.header.preprocessing)
+    calm(network.module, network.header.preprocessing)
     network.module.eval()
     row: dict[str, Any] = {}
     try:

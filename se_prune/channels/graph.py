@@ -93,6 +93,24 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
             index_mapping.update_index_mapping = update
 
 
+@contextlib.contextmanager
+def _marked_reshapes() -> Iterator[None]:
+    """Mark the reshapes on which torch-pruning divides by zero (attention), where it would give up the network."""
+    original = index_mapping.update_reshape_index_mapping
+
+    def update(graph: Any, node: Any) -> None:
+        try:
+            original(graph, node)
+        except ZeroDivisionError:
+            node.module.unfollowed = True
+
+    index_mapping.update_reshape_index_mapping = update
+    try:
+        yield
+    finally:
+        index_mapping.update_reshape_index_mapping = original
+
+
 def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
     """Return torch-pruning's dependency graph.
 
@@ -100,7 +118,7 @@ def build_graph(model: nn.Module, example: torch.Tensor) -> Any:
         SurgeryError: torch-pruning cannot trace the network.
     """
     try:
-        with _gradients(model), marks(model):
+        with _gradients(model), marks(model), _marked_reshapes():
             graph = _Graph().build_dependency(model, example_inputs=example, verbose=False)
             map_shuffles(graph)
             return graph

@@ -111,6 +111,8 @@ def refusal(node: Any) -> str | None:
     """Say why channels that a node reads cannot leave: by fixed bounds, or each mixed with others."""
     if getattr(node.module, "mixed", False):
         return "a gate's convolution along the channels mixes each with its neighbours"
+    if getattr(node.module, "unfollowed", False):
+        return "torch-pruning does not follow a reshape of its channels"
     if split_sizes(node) is not None and FIXED in node.grad_fn.metadata and not follows(node):
         return "a split into fixed widths reads its channels"
     if _convolves(node) and fixed_filter(node) is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from se_prune import distributed
 from se_prune.errors import UsageError
 from se_prune.records import Preprocessing
 from se_prune.settings import TrainSettings
@@ -43,13 +44,17 @@ class TensorImages:
     def training_batches(
         self, settings: TrainSettings, preprocessing: Preprocessing, *, seed: int, epoch: int
     ) -> Iterator[Batch]:
-        """Yield one epoch of shuffled, augmented full batches; the same for the same seed and epoch."""
+        """Yield one epoch of shuffled, augmented full batches; the same for the same seed and epoch.
+
+        Of several processes each yields its share of every batch, the same images as in one process.
+        """
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         order = torch.randperm(len(self), generator=generator)
         size = min(settings.batch_size, len(self))
+        mine = distributed.share_of_batch(size)
         for start in range(0, len(self) - size + 1, size):
-            chosen = order[start : start + size]
-            images = augment(self.images[chosen], settings, generator)
+            chosen = order[start : start + size][mine]
+            images = augment(self.images[chosen], settings, generator, mine=mine, whole=size)
             yield normalise(images, preprocessing), self.labels[chosen]
 
 
@@ -66,31 +71,47 @@ def normalise(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tenso
     return (x - mean) / std
 
 
-def augment(images: torch.Tensor, settings: TrainSettings, generator: torch.Generator) -> torch.Tensor:
+def augment(
+    images: torch.Tensor,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    *,
+    mine: torch.Tensor | None = None,
+    whole: int | None = None,
+) -> torch.Tensor:
     """RandAugment (Cubuk et al. 2020), random shift (zero padding), horizontal flip, erasing (Zhong et al. 2017).
+
+    Args:
+        images: Images of bytes (n, C, H, W).
+        settings: What is done to them.
+        generator: Gives the numbers of a whole batch, so that they are the same for any number of processes.
+        mine: The places (n,) of the images in the batch; all where None.
+        whole: The images of the batch.
 
     Raises:
         UsageError: RandAugment of images that are neither grey nor RGB.
     """
+    whole = len(images) if whole is None else whole
+    mine = torch.arange(whole) if mine is None else mine
     if settings.rand_augment > 0:
-        images = _rand_augment(images, settings, generator)
+        images = _rand_augment(images, settings, torch.randint(0, 2**31, (whole,), generator=generator)[mine])
     n, _, height, width = images.shape
     rows = torch.arange(height).expand(n, height)
     columns = torch.arange(width).expand(n, width)
     if settings.flip > 0:
-        flipped = torch.rand(n, generator=generator) < settings.flip
+        flipped = (torch.rand(whole, generator=generator) < settings.flip)[mine]
         columns = torch.where(flipped[:, None], columns.flip(1), columns)
     pad = settings.crop_padding
     if pad > 0:
         images = F.pad(images, (pad, pad, pad, pad))
-        rows = rows + torch.randint(0, 2 * pad + 1, (n, 1), generator=generator)
-        columns = columns + torch.randint(0, 2 * pad + 1, (n, 1), generator=generator)
+        rows = rows + torch.randint(0, 2 * pad + 1, (whole, 1), generator=generator)[mine]
+        columns = columns + torch.randint(0, 2 * pad + 1, (whole, 1), generator=generator)[mine]
     picked = images[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     images = picked.permute(0, 3, 1, 2)
-    return _erase(images, settings.erase, generator) if settings.erase > 0 else images
+    return _erase(images, settings.erase, generator, mine, whole) if settings.erase > 0 else images
 
 
-def _rand_augment(images: torch.Tensor, settings: TrainSettings, generator: torch.Generator) -> torch.Tensor:
+def _rand_augment(images: torch.Tensor, settings: TrainSettings, seeds: torch.Tensor) -> torch.Tensor:
     """Change each image (C, H, W) of bytes by operations of its own; torchvision draws from the global generator."""
     if images.shape[1] not in {1, 3}:
         raise UsageError(
@@ -103,24 +124,28 @@ def _rand_augment(images: torch.Tensor, settings: TrainSettings, generator: torc
         magnitude=settings.rand_augment_magnitude,
         num_magnitude_bins=MAGNITUDES,
     )
-    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
+    changed = []
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return torch.stack([change(image) for image in images])
+        for image, seed in zip(images, seeds.tolist(), strict=True):
+            torch.default_generator.manual_seed(seed)
+            changed.append(change(image))
+    return torch.stack(changed)
 
 
-def _erase(images: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    n, _, height, width = images.shape
-    area = torch.empty(n).uniform_(0.02, 0.25, generator=generator) * height * width
-    aspect = torch.empty(n).uniform_(-1.2, 1.2, generator=generator).exp()
+def _erase(
+    images: torch.Tensor, probability: float, generator: torch.Generator, mine: torch.Tensor, whole: int
+) -> torch.Tensor:
+    height, width = images.shape[2:]
+    area = torch.empty(whole).uniform_(0.02, 0.25, generator=generator) * height * width
+    aspect = torch.empty(whole).uniform_(-1.2, 1.2, generator=generator).exp()
     h = (area * aspect).sqrt().clamp(1, height).long()
     w = (area / aspect).sqrt().clamp(1, width).long()
-    top = (torch.rand(n, generator=generator) * (height - h + 1)).long()
-    left = (torch.rand(n, generator=generator) * (width - w + 1)).long()
+    top = (torch.rand(whole, generator=generator) * (height - h + 1)).long()
+    left = (torch.rand(whole, generator=generator) * (width - w + 1)).long()
     y, x = torch.arange(height), torch.arange(width)
     inside_y = (y >= top[:, None]) & (y < (top + h)[:, None])
     inside_x = (x >= left[:, None]) & (x < (left + w)[:, None])
-    hit = torch.rand(n, generator=generator) < probability
-    mask = (inside_y[:, :, None] & inside_x[:, None, :] & hit[:, None, None])[:, None]
-    noise = torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator)
-    return torch.where(mask, noise, images)
+    hit = torch.rand(whole, generator=generator) < probability
+    mask = (inside_y[:, :, None] & inside_x[:, None, :] & hit[:, None, None])[mine, None]
+    noise = torch.randint(0, 256, (whole, *images.shape[1:]), dtype=torch.uint8, generator=generator)
+    return torch.where(mask, noise[mine], images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
+from se_prune import distributed
 from se_prune.data.batches import Batch
 from se_prune.data.raw import BROKEN, VALIDATION_NAMES, FileImages, RawImages, decoded
 from se_prune.data.unreadable import Unreadable
@@ -202,10 +204,10 @@ class FolderImages:
     def training_batches(
         self, settings: TrainSettings, preprocessing: Preprocessing, *, seed: int, epoch: int
     ) -> Iterator[Batch]:
-        """Yield one epoch of shuffled full batches with timm's training transform.
+        """Yield one epoch of shuffled full batches, or this process's share of each, with timm's training transform.
 
         Shards are shuffled, and then the images of a few shards at a time. In the place of an image that cannot be read
-        stands the next one of its batch.
+        stands the next one of its batch, or of the share.
 
         Raises:
             DataError: More images than allowed, or all of a batch, cannot be read.
@@ -213,7 +215,8 @@ class FolderImages:
         data = self._transformed(preprocessing, settings, (seed, epoch))
         order = self.indices[self.order(seed, epoch)]
         size = min(settings.batch_size, len(self))
-        places = [part for part in _parts(order, size) if len(part) == size]
+        mine = distributed.share_of_batch(size).tolist()
+        places = [[part[i] for i in mine] for part in _parts(order, size) if len(part) == size]
         yield from self._loaded(data, places, _replaced)
 
     def order(self, seed: int, epoch: int) -> torch.Tensor:
@@ -249,6 +252,7 @@ class FolderImages:
             collate_fn=collate,
             num_workers=min(self.workers, len(places)) if len(places) > 1 else 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_interrupts,
             generator=torch.Generator().manual_seed(0),  # else torch's own state would be drawn from
         )
         try:
@@ -263,6 +267,11 @@ class FolderImages:
                     )
         finally:
             self.unreadable.warn(known)
+
+
+def _leave_interrupts(_: int) -> None:
+    """Let the process that reads the batches decide what Ctrl-C, which its workers receive as well, does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _parts(values: torch.Tensor, size: int) -> list[list[int]]:

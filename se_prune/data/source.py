@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from se_prune import distributed
 from se_prune.data import idx
 from se_prune.data.batches import Batch, TensorImages
 from se_prune.data.folders import FolderImages, open_folders
@@ -46,7 +47,7 @@ class Split(Protocol):
     def training_batches(
         self, settings: TrainSettings, preprocessing: Preprocessing, *, seed: int, epoch: int
     ) -> Iterator[Batch]:
-        """Yield one epoch of shuffled, augmented full batches."""
+        """Yield one epoch of shuffled, augmented full batches; of several processes each yields its share of them."""
         ...
 
 
@@ -99,7 +100,8 @@ def open_data(ref: str, *, workers: int | None = None, max_bad_images: float | N
         raise UsageError(f"workers and max-bad-images must be 0 or more, got {workers} and {max_bad_images}.")
     if ref == FASHION_MNIST:
         return _arrays(ref, ("train-12k", "t10k"), idx.BUNDLED, idx.CLASSES, FASHION_PREPROCESSING)
-    opened = _opened(ref)
+    with distributed.first_here():  # one process of a machine downloads, or reads the headers of shards
+        opened = _opened(ref)
     if isinstance(opened, DataSource):
         return opened
     train, test = (
@@ -272,6 +274,30 @@ def of_classes(data: DataSource, kept: Sequence[int]) -> DataSource:
         test=part(data.test),
         preprocessing=data.preprocessing,
     )
+
+
+def shared_batches(split: Split, batch_size: int, preprocessing: Preprocessing) -> Iterator[Batch]:
+    """Yield this process's share of a split's batches, each as one process would make it.
+
+    When it ends, every process knows the images that any of them could not read.
+
+    Raises:
+        DataError: More images than allowed cannot be read.
+    """
+    mine = split.take(distributed.share(len(split), batch_size)) if distributed.size() > 1 else split
+    yield from mine.batches(batch_size, preprocessing)
+    share_unreadable(split)
+
+
+def share_unreadable(split: Split) -> None:
+    """Tell all processes which images of a split each of them could not read.
+
+    Raises:
+        DataError: Together they are more than allowed.
+    """
+    inner = split.split if isinstance(split, ClassSplit) else split
+    if distributed.size() > 1 and isinstance(inner, FolderImages):
+        inner.unreadable.merge(distributed.gather(list(inner.unreadable.found.items())))
 
 
 def readable(split: Split, positions: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from se_prune.errors import DataError
@@ -37,6 +38,20 @@ class Unreadable:
         if index in self.found:
             return
         self.found[index] = f"{name} cannot be read ({reason})"
+        self._require_few()
+
+    def merge(self, lists: Sequence[Sequence[tuple[int, str]]]) -> None:
+        """Take over the images, by number with their texts, that each of several processes found.
+
+        Raises:
+            DataError: Together they are more than the limit.
+        """
+        known = len(self.found)
+        self.found = {int(index): text for found in lists for index, text in found}
+        self._require_few()
+        self.warn(known)
+
+    def _require_few(self) -> None:
         if len(self.found) > self.limit:
             number = f"{len(self.found)} of {self.images} images cannot be read: " if self.limit else ""
             raise DataError(

@@ -9,11 +9,8 @@ Shapes: N images, C channels, H, W pixels, K classes.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,66 +20,50 @@ import numpy as np
 import torch
 
 from se_prune.errors import SePruneError, first_line
-from se_prune.files import whole_file
-from se_prune.records import ArtifactHeader
-from se_prune.results import Exported
-from se_prune.schema import to_dict, to_json
-from se_prune.zoo.registry import shown
-from se_prune.zoo.steps import WithFinal, final_of
+from se_prune.export.base import INPUT, Run, Subject, Target, subject
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import nn
 
     from se_prune.artifact import Network
+    from se_prune.results import LayerNoise
 
 OPSET = 18
-INPUT, OUTPUT, SCORES = "images", "logits", "probabilities"
 METADATA_PREFIX = "se_prune."
-#: Largest allowed difference of a logit, relative to the largest logit (or to 1, if all are smaller).
-TOLERANCE = 1e-3
-CHECK_BATCH = 32
-WARMUP, TIMED_RUNS = 5, 50
 LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INSTALL = "pip install onnx onnxscript onnxruntime"
 
 
-def export_onnx(network: Network, output: Path, images: torch.Tensor) -> Exported:
+def write(subject: Subject, path: Path, int8: bool) -> tuple[LayerNoise, ...]:
     """Write a network as one ONNX file that says how to preprocess images and what its classes are called.
 
-    Args:
-        network: The network and its header; a copy on the CPU in eval mode and float32 is exported.
-        output: The `.onnx` file.
-        images: Preprocessed real images (N, C, H, W).
-
     Returns:
-        The largest difference of the logits and the share of equal top-1 classes over the images, at batch 1
-        (the first image) and in batches of up to 32; the median latency at batch 1 on one CPU thread.
+        For int8, the noise of every layer.
 
     Raises:
-        SePruneError: A package is missing, torch cannot convert the network, or the file's logits differ
-            from the network's by more than `TOLERANCE`; no file is left behind.
+        SePruneError: torch cannot convert the network, or the model is not valid.
     """
-    _require_packages()
-    module = _as_filed(copy.deepcopy(network.module).cpu().float().eval())
-    images = images.detach().cpu().float()
-    arch = network.header.arch.ref
-    model = _convert(module, images, arch)
+    model = model_of(subject)
+    layers: tuple[LayerNoise, ...] = ()
+    if int8:
+        from se_prune.export.qdq import quantise
+
+        model, layers = quantise(model, subject)
+    _add_metadata(model, subject)
+    path.write_bytes(_checked_bytes(model, subject.arch))
+    return layers
+
+
+def model_of(subject: Subject) -> Any:
+    """Return the ONNX ModelProto of a network, without the exporter's notes.
+
+    Raises:
+        SePruneError: torch cannot convert it.
+    """
+    model = _convert(subject)
     _drop_exporter_notes(model)
-    _add_metadata(model, network.header)
-    with whole_file(output) as temporary:
-        temporary.write_bytes(_checked_bytes(model, arch))
-        opened = session(temporary)
-        difference, agreement = _parity(module, opened, images, arch)
-        return Exported(
-            target="onnx",
-            output=str(output),
-            bytes=temporary.stat().st_size,
-            max_abs_diff=difference,
-            top1_agreement=agreement,
-            images_checked=len(images),
-            latency_ms=_latency_ms(opened, images[:1].numpy()),
-        )
+    return model
 
 
 def onnx_bytes(network: Network, images: torch.Tensor) -> bytes:
@@ -95,51 +76,33 @@ def onnx_bytes(network: Network, images: torch.Tensor) -> bytes:
     Raises:
         SePruneError: A package is missing, or torch cannot convert the network.
     """
-    _require_packages()
-    module = _as_filed(copy.deepcopy(network.module).cpu().float().eval())
-    return bytes(_convert(module, images.detach().cpu().float(), network.header.arch.ref).SerializeToString())
+    ONNX.require_packages()
+    return bytes(_convert(subject(network, images)).SerializeToString())
 
 
-def _as_filed(module: nn.Module) -> nn.Module:
-    """Return the network with what its own ONNX file ended with, such as a softmax; any other as it is."""
-    return module if final_of(module) == "none" else WithFinal(module).eval()
-
-
-def _require_packages() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise SePruneError(
-            f"exporting to ONNX needs a package that is missing ({error}): {INSTALL}"
-        ) from error
-
-
-def _convert(module: nn.Module, images: torch.Tensor, arch: str) -> Any:
+def _convert(subject: Subject) -> Any:
     """Return the ONNX ModelProto of a module; the example has two images, because 1 would become a constant.
 
     Raises:
         SePruneError: An operation has no ONNX form, or the batch size is fixed inside the network.
     """
-    example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
-                module,
-                (example,),
+                subject.module,
+                (subject.example(2),),
                 dynamo=True,
                 external_data=False,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[OUTPUT if final_of(module) == "none" else SCORES],
+                output_names=[subject.output],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise SePruneError(
-            f"torch cannot convert {arch} to ONNX ({first_line(error.__cause__ or error)}); run the network through "
-            "torch.export.export to see which operation is in the way, and replace it."
+            f"torch cannot convert {subject.arch} to ONNX ({first_line(error.__cause__ or error)}); run the network "
+            "through torch.export.export to see which operation is in the way, and replace it."
         ) from error
     assert program is not None, "the dynamo exporter returns a program"
     return program.model_proto
@@ -181,16 +144,10 @@ def _drop_exporter_notes(model: Any) -> None:
         holder.ClearField("doc_string")
 
 
-def _add_metadata(model: Any, header: ArtifactHeader) -> None:
+def _add_metadata(model: Any, subject: Subject) -> None:
     """Say in the model's metadata what network it is and how to feed it; values are JSON."""
-    preprocessing = to_dict(header.preprocessing)
-    values = {
-        "arch": to_json(shown(header.arch)),
-        "classes": json.dumps(header.classes),
-        **{key: json.dumps(preprocessing[key]) for key in ("input_size", "mean", "std")},
-    }
-    for key, value in values.items():
-        model.metadata_props.add(key=METADATA_PREFIX + key, value=value)
+    for key, value in subject.metadata().items():
+        model.metadata_props.add(key=METADATA_PREFIX + key, value=json.dumps(value))
 
 
 def _checked_bytes(model: Any, arch: str) -> bytes:
@@ -226,42 +183,23 @@ def session(source: Path | bytes, threads: int = 1, profile: Path | None = None)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _logits(session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the output (N, K), logits or probabilities, of images (N, C, H, W)."""
-    return np.asarray(session.run(None, {INPUT: images})[0])
+def open_file(path: Path, subject: Subject, threads: int) -> Run:
+    """Return what runs a file of ours."""
+    del subject  # the file knows all
+    opened = session(path, threads)
+
+    def run(images: NDArray[Any]) -> NDArray[np.float32]:
+        return np.asarray(opened.run(None, {INPUT: images})[0])
+
+    return run
 
 
-@torch.no_grad()
-def _parity(module: nn.Module, session: Any, images: torch.Tensor, arch: str) -> tuple[float, float]:
-    """Return the largest difference of the logits, and the share of images with the same top-1 class.
-
-    A single image is checked once more as a batch of two, so that the dynamic batch is always exercised.
-
-    Raises:
-        SePruneError: The difference is above the tolerance, or not a number.
-    """
-    batches = list(torch.split(images, CHECK_BATCH)) if len(images) > 1 else [images.repeat(2, 1, 1, 1)]
-    expected = [module(batch).numpy() for batch in batches]
-    actual = [_logits(session, batch.numpy()) for batch in batches]
-    single = np.abs(module(images[:1]).numpy() - _logits(session, images[:1].numpy())).max()
-    differences = [np.abs(e - a).max() for e, a in zip(expected, actual, strict=True)]
-    difference = float(np.max([single, *differences]))
-    allowed = TOLERANCE * max(1.0, float(max(np.abs(e).max() for e in expected)))
-    if not difference <= allowed:  # also refuses NaN
-        raise SePruneError(
-            f"the ONNX file of {arch} differs from the torch network by {difference:.2g} on {len(images)} images "
-            f"(allowed: {allowed:.2g}), so it was not kept; run `se-prune evaluate` to see that the network itself "
-            "gives finite and repeatable outputs."
-        )
-    same = [(e.argmax(1) == a.argmax(1)) for e, a in zip(expected, actual, strict=True)]
-    return difference, float(np.concatenate(same).mean())
-
-
-def _latency_ms(session: Any, image: NDArray[np.float32]) -> float:
-    """Return the median milliseconds of one image (1, C, H, W) after warm-up."""
-    times = []
-    for _ in range(WARMUP + TIMED_RUNS):
-        start = time.perf_counter()
-        _logits(session, image)
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[WARMUP:])
+ONNX = Target(
+    name="onnx",
+    suffix=".onnx",
+    packages=PACKAGES,
+    install=INSTALL,
+    write=write,
+    open=open_file,
+    takes_int8=True,
+)

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from se_prune import distributed
 from se_prune.artifact import CONV_TYPES
+from se_prune.data.source import shared_batches
 from se_prune.errors import DataError
 from se_prune.records import Preprocessing
 
@@ -57,6 +59,8 @@ def collect_energies(
 ) -> ChannelEnergies:
     """Run the network over the images and sum the energy at every convolution and linear layer's input.
 
+    Several processes share the images, and all return the sums over all of them.
+
     Raises:
         DataError: There is no image.
     """
@@ -65,14 +69,15 @@ def collect_energies(
     collector = _Collector(model, classes)
     model.to(device).eval()
     try:
-        for images, labels in split.batches(batch_size, preprocessing):
+        for images, labels in shared_batches(split, batch_size, preprocessing):
             collector.begin(labels)
             model(images.to(device, non_blocking=True))
             if on_batch is not None:
-                on_batch(len(labels))
+                on_batch(len(labels) * distributed.size())
     finally:
         collector.close()
-    return ChannelEnergies(counts=collector.counts, sums=collector.sums)
+    distributed.add_up(collector.counts)
+    return ChannelEnergies(counts=collector.counts, sums=distributed.add_up_tables(collector.sums))
 
 
 class _Collector:

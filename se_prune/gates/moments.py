@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from se_prune import distributed
+
 #: Patches of a convolution that are unfolded at a time, in elements.
 PATCH_ELEMENTS = 1 << 24
 #: Positions of an image that are taken, spread at random; neighbouring ones say almost the same.
@@ -99,7 +101,8 @@ def collect_grams(model: nn.Module, layers: Collection[str]) -> Iterator[dict[st
     """While open, sum the Gram matrix of every layer's inputs over the images that the network runs.
 
     Yields:
-        Per layer that ran Σ xᵀx (G, I + 1, I + 1) in float64; its last entries count the rows.
+        Per layer that ran Σ xᵀx (G, I + 1, I + 1) in float64; its last entries count the rows. When it closes, the
+        sums of several processes are added up in all of them.
     """
     modules = dict(model.named_modules())
     grams: dict[str, torch.Tensor] = {}
@@ -118,3 +121,4 @@ def collect_grams(model: nn.Module, layers: Collection[str]) -> Iterator[dict[st
     finally:
         for handle in handles:
             handle.remove()
+    grams.update(distributed.add_up_tables(grams))

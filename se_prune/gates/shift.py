@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from se_prune import distributed
+from se_prune.data.source import shared_batches
 from se_prune.errors import DataError
 from se_prune.gates.tap import OnGate, tap
 from se_prune.records import GateSite, Preprocessing
@@ -52,6 +54,8 @@ def logit_shifts(
 ) -> dict[str, float]:
     """Return E‖J·(a - s)‖² / E‖z‖² per site: the share of the logits' energy that a constant gate moves.
 
+    Several processes share the images, and all return the result of all of them.
+
     Args:
         model: The network; its parameters get no gradients.
         sites: Its gate sites.
@@ -71,11 +75,14 @@ def logit_shifts(
     moved = {site.name: 0.0 for site in sites}
     energy = 0.0
     model.to(device).eval()
-    for images, labels in split.batches(batch_size, preprocessing):
+    before = distributed.rank()  # batches that other processes have before the next one of this
+    for images, labels in shared_batches(split, batch_size, preprocessing):
         gates: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
         with tap(model, sites, _probe(gates)):
             logits = model(images.to(device))
+        torch.randint(0, 2, (before, PROBES, batch_size, logits.shape[1]), generator=generator)
+        before = distributed.size() - 1
         energy += float(logits.detach().cpu().double().square().sum())
         for number in range(PROBES):
             signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
@@ -90,5 +97,8 @@ def logit_shifts(
                 step = (slope * change).flatten(1).sum(1)
                 moved[name] += float(step.cpu().double().square().sum()) / PROBES
         if on_batch is not None:
-            on_batch(len(labels))
-    return {name: value / max(energy, 1e-300) for name, value in moved.items()}
+            on_batch(len(labels) * distributed.size())
+    sums = torch.tensor([energy, *moved.values()], dtype=torch.float64)
+    distributed.add_up(sums)
+    energy, *shifts = sums.tolist()
+    return {name: value / max(energy, 1e-300) for name, value in zip(moved, shifts, strict=True)}

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from se_prune import distributed
+from se_prune.data.source import shared_batches
 from se_prune.errors import CheckpointError, DataError, SePruneError
 from se_prune.files import write_tensors
 from se_prune.gates.energies import ChannelEnergies
@@ -200,6 +202,8 @@ def collect(
 ) -> Statistics:
     """Run the network once over the images and sum what its gates do.
 
+    Several processes share the images, and all return the sums over all of them.
+
     Raises:
         DataError: There is no image.
     """
@@ -208,11 +212,12 @@ def collect(
     collector = Collector(sites, len(classes), device)
     model.to(device).eval()
     with tap(model, sites, collector.on_gate):
-        for images, labels in split.batches(batch_size, preprocessing):
+        for images, labels in shared_batches(split, batch_size, preprocessing):
             collector.begin(labels)
             model(images.to(device, non_blocking=True))
             if on_batch is not None:
-                on_batch(len(labels))
+                on_batch(len(labels) * distributed.size())
+    collector.merge()
     return Statistics(
         classes=tuple(classes), counts=collector.counts, sites=tuple(sites), sums=collector.result()
     )
@@ -262,6 +267,14 @@ class Collector:
             site.name: SiteSums(**{name: part[index].clone() for name, part in parts.items()})
             for index, site in enumerate(self.sites)
         }
+
+    def merge(self) -> None:
+        """Put the sums over the images of all processes in the place of this one's."""
+        self._finish_batch()
+        joined, ends = self.joined, torch.cat([self.joined.smax, -self.joined.smin])
+        distributed.add_up(self.counts, *(getattr(joined, name) for name in TABLE), joined.histogram)
+        distributed.largest(ends)
+        joined.smax, joined.smin = ends[: len(joined.smax)], -ends[len(joined.smax) :]
 
     def _finish_batch(self) -> None:
         if not self.pending:

@@ -74,17 +74,47 @@ def _summary(statistics: Statistics, site: GateSite) -> SiteSummary:
     )
 
 
-def profile(statistics: Statistics, site: str, classes: Sequence[str] = ()) -> GateProfile:
-    """Return the gate by channel for chosen classes (all where none are given), as in the paper's Figure 5."""
+def liveliest(statistics: Statistics, limit: int) -> tuple[str, ...]:
+    """Return at most `limit` classes, in their order: those whose gates lie farthest from the all-class mean."""
+    counts = statistics.counts.clamp(min=1)[:, None]
+    distance = torch.zeros(len(statistics.classes), dtype=torch.float64)
+    for sums in statistics.sums.values():
+        distance += ((sums.s / counts - sums.s.sum(0) / statistics.n) ** 2).sum(1)
+    distance[statistics.counts == 0] = -1.0
+    kept = torch.topk(distance, min(limit, len(distance))).indices.tolist()
+    return tuple(statistics.classes[i] for i in sorted(kept))
+
+
+def profile(
+    statistics: Statistics, site: str, classes: Sequence[str] = (), channels: Sequence[int] = ()
+) -> GateProfile:
+    """Return the gate by channel for chosen classes (all where none are given), as in the paper's Figure 5.
+
+    Args:
+        statistics: Of a network.
+        site: The name of a gate site.
+        classes: Names of classes.
+        channels: The dense network's numbers of the channels, where this network was cut.
+    """
     sums = statistics.sums[site]
     _, total = specificity(sums, statistics.counts)
     chosen = [i for i, name in enumerate(statistics.classes) if not classes or name in classes]
-    per_class = {
-        statistics.classes[i]: tuple((sums.s[i] / statistics.counts[i].clamp(min=1)).tolist()) for i in chosen
-    }
+    means, spreads = {}, {}
+    for i in chosen:
+        n = statistics.counts[i].clamp(min=1)
+        mean = sums.s[i] / n
+        means[statistics.classes[i]] = _rounded(mean)
+        spreads[statistics.classes[i]] = _rounded((sums.s2[i] / n - mean * mean).clamp(min=0).sqrt())
     return GateProfile(
         site=site,
-        mean=tuple((sums.s.sum(0) / statistics.n).tolist()),
-        std=tuple(total.sqrt().tolist()),
-        per_class=per_class,
+        mean=_rounded(sums.s.sum(0) / statistics.n),
+        std=_rounded(total.sqrt()),
+        per_class=means,
+        per_class_std=spreads,
+        channels=tuple(channels),
     )
+
+
+def _rounded(values: torch.Tensor) -> tuple[float, ...]:
+    """Return values (C,) to six digits: what a picture needs, and a third of the characters."""
+    return tuple(round(value, 6) for value in values.tolist())

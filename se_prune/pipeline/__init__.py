@@ -5,6 +5,7 @@
 
 from se_prune.pipeline.classes import for_classes, like
 from se_prune.pipeline.compress import compress
+from se_prune.pipeline.exporting import export_network
 from se_prune.pipeline.folds import outlook
 from se_prune.pipeline.jobs import Applied, apply_plan, plan
 from se_prune.pipeline.latency import Rounding, Timing, choose_rounding, resolve_rounding
@@ -43,6 +44,7 @@ __all__ = [
     "choose_rounding",
     "compress",
     "example_input",
+    "export_network",
     "finetune",
     "for_classes",
     "inspect",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from se_prune import __version__, artifact
+from se_prune import __version__, artifact, distributed
 from se_prune.artifact import Network
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
@@ -29,13 +30,13 @@ from se_prune.pipeline.folds import (
 )
 from se_prune.pipeline.latency import Span, Timing, check_fastest, meet, stopwatch
 from se_prune.pipeline.measure import (
-    BATCH,
     MEASURED_IMAGES,
     Reporter,
     Silent,
     Structure,
     analyze,
     channel_energies,
+    first_batches,
     matching,
     require_statistics,
 )
@@ -135,11 +136,11 @@ def plan(
     if folds is not None and budget.kind == "sparsity" and budget.value == 0:
         return fold_only(costs, left, sites, **widths)
     watch, span = None, Span(groups=groups, left=left, dense=(found.couplings, costs), widths=widths)
-    if budget.timed:
+    if budget.timed and distributed.is_main():
         watch = stopwatch(network, found, timing or Timing(), round_to, reporter)
         if not sites:
             check_fastest(watch, budget, span)
-    else:
+    elif not budget.timed:
         rest = rest_of(budget, costs, left)
         check_rest(groups, left, budget, rest, **widths)
     energies = None if statistics is None else statistics.energies
@@ -164,7 +165,7 @@ def plan(
         device=device,
         statistics=statistics,
         energies=energies,
-        batches=None if subset is None else lambda: subset.batches(BATCH, preprocessing),
+        batches=None if subset is None else partial(first_batches, subset, preprocessing),
         repair=repair,
     )
     with (reporter or Silent()).stage(f"score by {criterion}", None):
@@ -176,9 +177,12 @@ def plan(
         chosen = make_plan(groups, left, scores, limit, times=times, **widths)
         return replace(chosen, budget=budget, macs_before=macs, params_before=params, sites=sites)
 
-    if watch is None:
-        return chosen_for(rest)
-    return meet(watch, budget, span, chosen_for, lambda plan: built(network, found, plan), reporter=reporter)
+    def decided() -> Plan:
+        if watch is None:
+            return chosen_for(rest)
+        return meet(watch, budget, span, chosen_for, lambda p: built(network, found, p), reporter=reporter)
+
+    return distributed.record_from_main(Plan, decided)
 
 
 def built(network: Network, found: Structure, chosen: Plan) -> Network:
@@ -240,6 +244,7 @@ def apply_plan(
             device=device,
             show=show,
         )
+        distributed.synchronise(repaired)
     entry = HistoryEntry(
         stage="apply",
         details={

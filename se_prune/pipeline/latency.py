@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from se_prune import distributed
 from se_prune.artifact import Network
 from se_prune.errors import BudgetError, UsageError
 from se_prune.latency import interleaved
@@ -385,6 +386,10 @@ def resolve_rounding(
     """Return a number of channels as it is, and `auto` as what `choose_rounding` takes, which is logged."""
     if round_to != "auto":
         return round_to
-    chosen = choose_rounding(network, found, timing, reporter)
-    LOG.warning("%s", chosen.reason)
-    return chosen.round_to
+
+    def measured() -> int:
+        chosen = choose_rounding(network, found, timing, reporter)
+        LOG.warning("%s", chosen.reason)
+        return chosen.round_to
+
+    return int(distributed.from_main(measured))

@@ -16,7 +16,8 @@ from se_prune.artifact import Network
 from se_prune.channels import couplings
 from se_prune.cost import count_cost
 from se_prune.data import DataSource
-from se_prune.data.source import Split, balanced_subset, of_classes
+from se_prune.data.batches import Batch
+from se_prune.data.source import Split, balanced_subset, of_classes, shared_batches
 from se_prune.errors import CheckpointError, DataError, SurgeryError
 from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.shift import logit_shifts
@@ -24,7 +25,7 @@ from se_prune.gates.sites import discover, find_sites
 from se_prune.gates.statistics import Statistics, collect
 from se_prune.gates.summary import fold_constants
 from se_prune.preprocessing import example_input
-from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone
+from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone, Preprocessing
 from se_prune.zoo import registry
 
 LOG = logging.getLogger("se_prune")
@@ -146,6 +147,12 @@ def _named(classes: tuple[str, ...]) -> bool:
 def _notice(text: str) -> None:
     """Log a sentence once."""
     LOG.warning("%s", text)
+
+
+def first_batches(split: Split, preprocessing: Preprocessing, limit: int | None) -> Iterator[Batch]:
+    """Yield this process's share of the first `limit` images of a split, or of all."""
+    part = split if limit is None else split.take(torch.arange(min(limit, len(split))))
+    yield from shared_batches(part, BATCH, preprocessing)
 
 
 def require_statistics(network: Network, found: Structure, statistics: Statistics) -> None:

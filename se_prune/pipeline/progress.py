@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from se_prune import __version__, artifact
+from se_prune import __version__, artifact, distributed
 from se_prune.artifact import Network
 from se_prune.data import DataSource
 from se_prune.errors import CheckpointError, SePruneError
@@ -14,7 +14,7 @@ from se_prune.files import make_folder, remove_folder, write_text
 from se_prune.pipeline.jobs import Applied
 from se_prune.recipe import RunRecipe
 from se_prune.records import Cost, Plan
-from se_prune.results import StageResult
+from se_prune.results import StageResult, Try
 from se_prune.schema import FORBID_EXTRA, SCHEMA_VERSION, from_json, record, to_json
 from se_prune.training.state import fingerprint
 
@@ -40,7 +40,7 @@ class RunProgress:
     """The stages of a run that are finished; `statistics` says that those in the run's folder are its own.
 
     `cuts` holds a record per step that is cut and repaired; `tuned` steps are fine-tuned, the last of them in
-    `tuned_seconds`.
+    `tuned_seconds`. `tries` are those of a search that are decided.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -51,6 +51,7 @@ class RunProgress:
     cuts: tuple[CutRecord, ...] = ()
     tuned: int = 0
     tuned_seconds: float = 0.0
+    tries: tuple[Try, ...] = ()
 
 
 class Progress:
@@ -64,18 +65,22 @@ class Progress:
         tuned = None if recipe.finetune is None else replace(recipe.finetune, track=())
         told = f"{__version__} {to_json(replace(recipe, finetune=tuned))}"
         mark = fingerprint(told, [data.train.labels, data.test.labels], [network.module])
-        self.record = self._known(mark) or RunProgress(fingerprint=mark)
+        known = self._known(mark)
+        if known is None:
+            remove_folder(self.folder)
+        self.record = known or RunProgress(fingerprint=mark)
         make_folder(self.folder)
 
     def _known(self, mark: str) -> RunProgress | None:
         path = self.folder / FILE
-        if not path.exists():
+        text = distributed.from_main(lambda: path.read_text(encoding="utf-8") if path.exists() else None)
+        if text is None:
             return None
         try:
-            known = from_json(RunProgress, path.read_bytes(), what=str(path))
+            known = from_json(RunProgress, text, what=str(path))
         except SePruneError as error:
             raise CheckpointError(f"{error} Start again with --no-resume.") from error
-        if known.fingerprint != mark and not known.cuts:
+        if known.fingerprint != mark and not known.cuts and not known.tries:
             return None  # little is lost
         if known.fingerprint != mark:
             raise CheckpointError(
@@ -112,6 +117,7 @@ class Progress:
             repair_seconds=applied.repair_seconds,
         )
         self.note(cuts=(*self.record.cuts, cut))
+        distributed.barrier()  # all are going to read it
 
     def repaired(self, step: int) -> Network:
         """Return the repaired network that `keep` wrote."""
@@ -121,6 +127,7 @@ class Progress:
         """Write down the fine-tuned network of a step, and forget the state of its training."""
         artifact.save(self._tuned(step), network)
         self.note(tuned=step, tuned_seconds=seconds)
+        distributed.barrier()
         remove_folder(self.training(step))
 
     def tuned(self, step: int) -> Network | None:

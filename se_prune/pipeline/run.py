@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from se_prune import __version__, artifact
+from se_prune import artifact, distributed
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.cost import bytes_of
 from se_prune.data import DataSource, open_data
-from se_prune.data.source import Split, balanced_subset
-from se_prune.device import choose_device, processor
+from se_prune.device import choose_device
 from se_prune.errors import UsageError
-from se_prune.evaluate import paired
-from se_prune.export import export, require_target
-from se_prune.files import make_folder, write_text
+from se_prune.evaluate import drop, paired
+from se_prune.export import export, require_target, suffix_of
+from se_prune.files import make_folder, require_shared, write_text
 from se_prune.folding import parse_request
 from se_prune.gates.statistics import Statistics
-from se_prune.gates.summary import profile, summarise
+from se_prune.gates.summary import summarise
 from se_prune.latency import measure_latency, torch_runner
 from se_prune.layers import layer_costs
-from se_prune.pipeline import measure
+from se_prune.pipeline import details, measure
 from se_prune.pipeline.classes import for_classes
+from se_prune.pipeline.exporting import real_images
 from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.pipeline.progress import Progress
+from se_prune.pipeline.search import of_budget, parted, smallest
 from se_prune.pipeline.steps import Course, compress_in_steps
 from se_prune.planning import check_budget, check_ranges
-from se_prune.recipe import RunRecipe, check_run, table_budget
-from se_prune.report import write_report
-from se_prune.results import Exported, Latency, Run
+from se_prune.recipe import RunRecipe, check_run, table_budget, with_budget
+from se_prune.records import Budget
+from se_prune.report import card, write_report
+from se_prune.results import Evaluation, Exported, Latency, MaxDrop, Run
 from se_prune.runtimes.ort import open_file
 from se_prune.schema import to_json
 from se_prune.scoring.registry import find
+from se_prune.settings import SearchTable
 from se_prune.zoo.registry import shown
 
-PACKAGES = ("torch", "torchvision", "torch-pruning", "timm", "onnx", "onnxruntime", "numpy")
 #: Training images on which an export is checked, spread over the classes.
 EXPORT_IMAGES = 256
-#: Sites whose gate profiles stand in the report; more make the page too large.
-PROFILES = 24
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,10 +66,11 @@ def run_recipe(
 ) -> RunOutcome:
     """Run a recipe and leave artifact, statistics, exports, run record and report in a folder.
 
-    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact.
+    A run that was stopped at any moment goes on at the stage it was in, and ends with the same artifact. Of several
+    processes the main one alone writes, exports and times.
 
     Analysis, scores, repair, fine-tuning and the parity check of exports see training images; test images are
-    read by `evaluate` alone.
+    read by `evaluate` alone, and in the end some of those whose answer changed are shown in the report.
 
     Args:
         recipe: What to do.
@@ -84,74 +83,144 @@ def run_recipe(
 
     Raises:
         SePruneError: Whatever a stage refuses; files of finished stages stay.
+        NotKept: No network of a search keeps the drop; where the last one fails its proof, the record says so.
         CheckpointError: The folder holds a stopped run of another recipe.
     """
     show = reporter or measure.Silent()
+    course = _course(recipe, folder, device=device, resume=resume, show=show)
+    search = recipe.search
+    if search is not None:
+        deciding, rest = parted(course.data, search, recipe.seed)
+        recipe = of_budget(recipe, smallest(replace(course, data=deciding), search))
+        course = replace(course, recipe=recipe, data=rest)
+    dense, found, data, target = course.dense, course.found, course.data, course.device
+    first = course.evaluated("dense", dense, 0.0, found.cost.macs)
+    course.statistics = gates = _statistics(course, folder, earlier=statistics)
+    done = compress_in_steps(course)
+    network = done.network
+    shown_gates = details.profiles(gates)
+    after: dict[str, Any] = {}
+    if gates is not None:
+        names = tuple(shown_gates[0].per_class)
+        after = details.gates_after(
+            network, data, found, done.cut.plan, names, device=target, seed=recipe.seed, show=show
+        )
+
+    def concluded() -> Run:
+        artifact.save(pruned := folder / "pruned.safetensors", network)
+        artifact.save(folder / "dense.safetensors", dense)
+        exported = _exports(network, recipe, folder, data, show)
+        written = [Path(name) for item in exported for name in item.files or (item.output,)]
+        latency = _latency(dense, network, data, folder, recipe=recipe, device=target, show=show)
+        with show.stage("times of layers", None):
+            runtime = "torch" if latency is None else latency[1].runtime
+            parts, operations = details.operations(dense, network, found, runtime, folder)
+        run = Run(
+            name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
+            command=command,
+            arch=shown(dense.header.arch),
+            data=data.name,
+            classes=data.classes,
+            seed=recipe.seed,
+            environment=details.environment(target),
+            plan=done.cut.plan,
+            cost_before=found.cost,
+            cost_after=done.cut.after,
+            bytes_before=bytes_of(folder / "dense.safetensors"),
+            bytes_after=bytes_of(pruned),
+            max_abs_diff_masked=done.max_abs_diff_masked,
+            stages=course.progress.record.stages,
+            paired=paired(first, done.last, data.test),
+            latency=latency,
+            sites=() if gates is None else summarise(gates),
+            profiles=shown_gates,
+            exported=exported,
+            labels=tuple(data.test.labels.tolist()),
+            parts=parts,
+            operations=operations,
+            **after,
+            max_drop=None if search is None else _proof(course, search, first, done.last),
+            changed=details.changed_images(data.test, first, done.last),
+            hashes=details.hashes(
+                data, (*_checkpoint(recipe), folder / "dense.safetensors", pruned, *written)
+            ),
+        )
+        write_text(folder / "run.json", to_json(run, indent=1))
+        write_text(folder / "MODEL_CARD.md", card.render(card.of_run(run, network.header, pruned.name)))
+        write_report([run], folder / "report.html")
+        course.progress.finish()
+        return run
+
+    distributed.barrier()  # the state, which goes in the end, is read by nobody any more
+    run = distributed.record_from_main(Run, concluded)
+    return RunOutcome(run=run, network=network, files=_files(run, folder))
+
+
+def _files(run: Run, folder: Path) -> dict[str, Path]:
+    """Return the files of a run by what they are."""
+    names = {
+        "artifact": "pruned.safetensors",
+        "run": "run.json",
+        "card": "MODEL_CARD.md",
+        "report": "report.html",
+        "markdown": "report.md",
+    }
+    return {what: folder / name for what, name in names.items()} | {
+        item.target: Path(item.output) for item in run.exported
+    }
+
+
+def _checkpoint(recipe: RunRecipe) -> tuple[Path, ...]:
+    """Return the file that the model came from, where it came from one."""
+    path = Path(recipe.model.ref)
+    return (path,) if path.is_file() else ()
+
+
+def _course(recipe: RunRecipe, folder: Path, *, device: str, resume: bool, show: measure.Reporter) -> Course:
+    """Check a recipe, open what it names, and see how far the run has come; its statistics are not there yet."""
     check_run(recipe, "the recipe")
-    folds = parse_request(recipe.apply.fold_gates, recipe.apply.fold_tolerance)
-    budget = table_budget(recipe.apply, folds=folds is not None)
-    check_ranges(budget, first_rounding(recipe.apply.round_to), recipe.apply.min_channels)
-    timing = Timing(runtime=recipe.apply.runtime, threads=recipe.apply.threads)
+    table, search = recipe.apply, recipe.search
+    folds = parse_request(table.fold_gates, table.fold_tolerance)
+    if search is not None:
+        table = with_budget(table, Budget(kind="macs", value=search.least))
+    budget = table_budget(table, folds=folds is not None)
+    check_ranges(budget, first_rounding(table.round_to), table.min_channels)
+    timing = Timing(runtime=table.runtime, threads=table.threads)
     _require_known(recipe)
     target = choose_device(device)
     dense, data = _opened(recipe)
     found = measure.structure(dense)
-    rounding = resolve_rounding(recipe.apply.round_to, dense, found, timing, show)
-    widths: dict[str, Any] = {"round_to": rounding, "min_channels": recipe.apply.min_channels}
-    if folds is None and not budget.timed:  # what is folded, and so what is left, is known after the analysis
+    rounding = resolve_rounding(table.round_to, dense, found, timing, show)
+    # what is folded, and so what is left, is known after the analysis
+    if folds is None and not budget.timed and search is None:
         costs = layer_costs(dense.module, found.cost.per_layer)
-        check_budget(found.couplings, costs, budget, **widths, hidden=recipe.apply.hidden)
+        widths: dict[str, Any] = {"round_to": rounding, "min_channels": table.min_channels}
+        check_budget(found.couplings, costs, budget, **widths, hidden=table.hidden)
     make_folder(folder)
-    progress = Progress(folder, recipe, dense, data, resume=resume)
-
-    course = Course(
+    require_shared(folder)
+    return Course(
         recipe=recipe,
         dense=dense,
         found=found,
         data=data,
         statistics=None,
         rounding=rounding,
-        progress=progress,
+        progress=Progress(folder, recipe, dense, data, resume=resume),
         log=folder / "training.csv",
         device=target,
         show=show,
     )
-    first = course.evaluated("dense", dense, 0.0, found.cost.macs)
-    course.statistics = gates = _statistics(course, folder, earlier=statistics)
-    done = compress_in_steps(course)
-    network = done.network
-    files = {"artifact": folder / "pruned.safetensors"}
-    artifact.save(files["artifact"], network)
-    artifact.save(folder / "dense.safetensors", dense)
-    exported = _exports(network, recipe, folder, data, show)
-    run = Run(
-        name=recipe.name or f"{dense.header.arch.ref} on {data.name}",
-        command=command,
-        arch=shown(dense.header.arch),
-        data=data.name,
-        classes=data.classes,
-        seed=recipe.seed,
-        environment=environment(target),
-        plan=done.cut.plan,
-        cost_before=found.cost,
-        cost_after=done.cut.after,
-        bytes_before=bytes_of(folder / "dense.safetensors"),
-        bytes_after=bytes_of(files["artifact"]),
-        max_abs_diff_masked=done.max_abs_diff_masked,
-        stages=progress.record.stages,
-        paired=paired(first, done.last, data.test),
-        latency=_latency(dense, network, data, folder, recipe=recipe, device=target, show=show),
-        sites=() if gates is None else summarise(gates),
-        profiles=() if gates is None else tuple(profile(gates, site.name) for site in gates.sites[:PROFILES]),
-        exported=exported,
+
+
+def _proof(course: Course, search: SearchTable, first: Evaluation, last: Evaluation) -> MaxDrop:
+    """Return what a search came to, with the drop on the test images."""
+    return MaxDrop(
+        max_drop=search.max_drop / 100,
+        confidence=search.confidence,
+        images=search.images,
+        tries=course.progress.record.tries,
+        proof=drop(first, last, course.data.test, search.confidence),
     )
-    files["run"] = folder / "run.json"
-    write_text(files["run"], to_json(run, indent=1))
-    page, markdown, _ = write_report([run], folder / "report.html")
-    files |= {"report": page, "markdown": markdown}
-    files |= {item.target: Path(item.output) for item in exported}
-    progress.finish()
-    return RunOutcome(run=run, network=network, files=files)
 
 
 def _require_known(recipe: RunRecipe) -> None:
@@ -191,6 +260,7 @@ def _statistics(course: Course, folder: Path, *, earlier: Path | None) -> Statis
         )
         measured.save(path)
         course.progress.note(statistics=True)
+        distributed.barrier()  # all are going to read it
     return Statistics.load(path)
 
 
@@ -201,14 +271,8 @@ def _exports(
     for name in recipe.export:
         images = real_images(data.train, network, EXPORT_IMAGES)
         with show.stage(f"export to {name}", None):
-            results.append(export(network, name, folder / f"pruned.{name}", images))
+            results.append(export(network, name, folder / f"pruned{suffix_of(name)}", images))
     return tuple(results)
-
-
-def real_images(split: Split, network: Network, count: int) -> torch.Tensor:
-    """Return up to `count` preprocessed images (N, C, H, W), spread over the classes."""
-    subset = balanced_subset(split, count, 0)
-    return torch.cat([images for images, _ in subset.batches(256, network.header.preprocessing)])
 
 
 def _latency(
@@ -243,21 +307,3 @@ def _latency(
     dense.module.cpu()
     cut.module.cpu()
     return first, second
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Return versions and hardware, for the report."""
-    result = {
-        "se-prune": __version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-    for name in PACKAGES:
-        try:
-            result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return result

@@ -6,11 +6,11 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 
-from se_prune.report import sections
+from se_prune.report import gate_sections, sections
+from se_prune.report.content import Section
 from se_prune.report.html import page_title
-from se_prune.report.sections import Section
 from se_prune.report.tables import Table
-from se_prune.results import Run
+from se_prune.results import GateReport, Run
 
 #: Characters that mean something to Markdown or HTML anywhere in a line.
 SPECIAL = re.compile(r"([\\`*\[\]|<>~])")
@@ -29,6 +29,14 @@ def render(runs: Sequence[Run]) -> str:
         lines += [f"**{escape(sections.verdict(run))}**", ""]
         for section in sections.of_run(run, profile_chars=None):
             lines += _section(section, "##" if len(runs) == 1 else "###")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def render_gates(report: GateReport) -> str:
+    """Return the Markdown of a page on one network's gates."""
+    lines = [f"# {escape(report.name)}", "", f"**{escape(report.outlook)}**", ""]
+    for section in gate_sections.of_gates(report, profile_chars=None):
+        lines += _section(section, "##")
     return "\n".join(lines).rstrip() + "\n"
 
 

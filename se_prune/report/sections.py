@@ -6,51 +6,11 @@ A section that the record has nothing for does not appear.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from se_prune import text
-from se_prune.report import figures, tables
-from se_prune.report.figures import Key, Spec
-from se_prune.report.tables import Table
-from se_prune.results import GateProfile, Run
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One or several specs under one caption; with several, `choices` names each and the reader picks one.
-
-    `first` is the spec that is shown at first; `description` says in words what is drawn. `keys` is the legend;
-    `classes` is the part of it that the reader may bring forward, in the order of the classes' lines.
-    """
-
-    caption: str
-    description: str
-    specs: tuple[Spec, ...]
-    choices: tuple[str, ...] = ()
-    first: int = 0
-    keys: tuple[Key, ...] = ()
-    classes: tuple[Key, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tile:
-    """One key number: what it is, its value, and where it comes from."""
-
-    name: str
-    value: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A heading with paragraphs, figures, tables and a command line, in this order."""
-
-    key: str
-    title: str
-    paragraphs: tuple[str, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
-    command: str | None = None
+from se_prune.report import changes, class_tables, figures, gate_sections, search, tables
+from se_prune.report.content import Figure, Picture, Section, Tile
+from se_prune.results import Run
 
 
 def verdict(run: Run) -> str:
@@ -58,7 +18,7 @@ def verdict(run: Run) -> str:
     macs = text.share(run.cost_after.macs, run.cost_before.macs)
     params = text.share(run.cost_after.params, run.cost_before.params)
     kept = f"{run.arch.ref} keeps {macs} of its MACs and {params} of its parameters"
-    pair = tables.dense_and_last(run)
+    pair = changes.dense_and_last(run)
     if pair is None:
         return f"{kept}."
     dense, last = pair
@@ -79,7 +39,7 @@ def tiles(run: Run) -> list[Tile]:
         _kept_tile("parameters kept", before.params, after.params, text.scaled),
         _kept_tile("size kept", run.bytes_before, run.bytes_after, text.file_size),
     ]
-    pair = tables.dense_and_last(run)
+    pair = changes.dense_and_last(run)
     if pair is not None:
         dense, last = pair
         detail = f"{text.percent(dense.top1, 2)} → {text.percent(last.top1, 2)}"
@@ -103,23 +63,42 @@ def compare(runs: Sequence[Run]) -> Section:
         paragraphs.append(
             f"The runs use different data ({', '.join(data)}); their accuracies do not compare."
         )
-    chart: tuple[Figure, ...] = ()
-    if any(run.stages for run in runs):
-        chart = (
-            Figure(
-                caption="Top-1 against MACs with 95 % Wilson intervals; numbers as in the table, diamonds are dense",
-                description="Scatter plot of accuracy against MACs; the table below has the same numbers.",
-                specs=(figures.tradeoff(runs),),
-                keys=figures.tradeoff_keys(runs),
-            ),
+    charts = [_tradeoff(runs, unit) for unit in ("MACs", "ms")]
+    left_out = [str(i) for i, run in enumerate(runs, start=1) if _is_timed_otherwise(run, runs)]
+    if left_out:
+        paragraphs.append(
+            f"Runs {', '.join(left_out)} were timed elsewhere or in another way; the figure of latency leaves them out."
         )
     return Section(
         key="comparison",
         title="Comparison",
         paragraphs=tuple(paragraphs),
-        figures=chart,
+        figures=tuple(chart for chart in charts if chart is not None),
         tables=(tables.comparison(runs),),
     )
+
+
+def _tradeoff(runs: Sequence[Run], unit: str) -> Figure | None:
+    plot = figures.tradeoff(runs, unit)
+    if plot is None:
+        return None
+    cost, how = "MACs", ""
+    if unit == "ms":
+        runtime, device, threads, batch = figures.timed_alike(runs) or ("", "", 0, 0)
+        cost, how = "measured latency", f" ({runtime} on {device}, batch {batch}, threads {threads})"
+    return Figure(
+        key=f"tradeoff-{'latency' if unit == 'ms' else 'macs'}",
+        caption=f"Top-1 against {cost}{how} with 95 % Wilson intervals; numbers as in the table, open points are "
+        "dense, the line joins those that no other one beats in both",
+        description=f"Scatter plot of accuracy against {cost}; the table below has the same numbers.",
+        panels=((plot,),),
+        keys=figures.tradeoff_keys(runs),
+    )
+
+
+def _is_timed_otherwise(run: Run, runs: Sequence[Run]) -> bool:
+    own = figures.conditions_of(run)
+    return own is not None and own != figures.timed_alike(runs)
 
 
 def of_run(run: Run, profile_chars: float | None) -> list[Section]:
@@ -133,9 +112,12 @@ def of_run(run: Run, profile_chars: float | None) -> list[Section]:
     candidates = [
         _before_after(run),
         _stages(run),
+        _search(run),
+        _costs(run),
         _channels(run),
-        _gates(run, profile_chars),
+        gate_sections.of_run(run, profile_chars),
         _classes(run),
+        _changed(run),
         _exported(run),
         _left_out(run),
         _reproduce(run),
@@ -187,12 +169,25 @@ def _stages(run: Run) -> Section | None:
         paragraphs=tuple(paragraphs),
         figures=(
             Figure(
+                key="stages",
                 caption=f"Top-1 with 95 % Wilson intervals; the dotted line is the {run.stages[0].stage} network",
                 description="Line chart of top-1 after each stage; the table below has the same numbers.",
-                specs=(figures.stages(run),),
+                panels=((figures.stages(run),),),
             ),
         ),
         tables=(table,),
+    )
+
+
+def _search(run: Run) -> Section | None:
+    if run.max_drop is None:
+        return None
+    told = search.sentence(run.max_drop)
+    return Section(
+        key="search",
+        title="The smallest network within a drop",
+        paragraphs=(f"{told[0].upper()}{told[1:]}. Drops are in points; positive is a loss.",),
+        tables=(search.tries(run.max_drop),),
     )
 
 
@@ -211,9 +206,10 @@ def _channels(run: Run) -> Section | None:
         ),
         figures=(
             Figure(
+                key="channels",
                 caption="Channels kept in each group: pale before, coloured by kind after",
                 description="Bar chart of the share of channels kept; the table below has the same numbers.",
-                specs=(figures.channels(plan.groups),),
+                panels=((figures.channels(plan.groups),),),
                 keys=figures.group_keys(plan.groups),
             ),
         ),
@@ -221,85 +217,121 @@ def _channels(run: Run) -> Section | None:
     )
 
 
-def _gates(run: Run, profile_chars: float | None) -> Section | None:
-    table = tables.sites(run)
-    chart = None if profile_chars is None else _profile_figure(run.profiles, profile_chars)
-    if table is None and not run.profiles:
+def _costs(run: Run) -> Section | None:
+    table = tables.parts(run)
+    if table is None:
         return None
-    paragraphs = []
-    if run.sites:
-        fold = sum(site.advice == "fold" for site in run.sites)
-        done = f", and {run.plan.sites_folded} were folded" if run.plan.sites else ""
-        paragraphs.append(
-            f"The advice is to fold {fold} of {len(run.sites)} gate sites{done}. Class specificity is the "
-            "between-class share of the gate's variance; saturated is the share of gates above 0.95 or below 0.05; "
-            "fold loss is the share of recalibrated energy that the best constant gate misses"
-            + (
-                "; logit shift is the share of the logits' energy by which they then move, to first order."
-                if any(site.logit_shift is not None for site in run.sites)
-                else "."
+    charts = []
+    for unit, name in (("MACs", "MACs"), ("ms", "milliseconds")):
+        plot = figures.parts(run, unit)
+        if plot is not None:
+            charts.append(
+                Figure(
+                    key=f"parts-{'latency' if unit == 'ms' else 'macs'}",
+                    caption=f"Where the {name} go",
+                    description=f"Stacked bars of the {name} of each part; the table below has the same numbers.",
+                    panels=((plot,),),
+                    keys=figures.part_keys(run, unit),
+                )
             )
-        )
-    if run.profiles and chart is None:
-        reason = "are drawn in the HTML report" if profile_chars is None else "are too large for this page"
+    paragraphs = [
+        "The stem is what comes before the first stage, a stage is what works at one resolution, the head what comes "
+        "after the last; SE blocks are taken out of their stages."
+    ]
+    if run.operations is not None:
+        runtime = "torch" if run.latency is None else run.latency[1].runtime
         paragraphs.append(
-            f"The profiles of {len(run.profiles)} gates by channel and class {reason}; the JSON has them."
+            f"Times are of single operations in {runtime}'s profile, batch 1, lower quartiles over runs; profiling "
+            "costs time itself, so their sum is above the latency."
         )
     return Section(
-        key="gates",
-        title="What the gates do",
+        key="costs",
+        title="Where the cost is",
         paragraphs=tuple(paragraphs),
-        figures=() if chart is None else (chart,),
-        tables=() if table is None else (table,),
-    )
-
-
-def _profile_figure(profiles: Sequence[GateProfile], chars: float) -> Figure | None:
-    """Return the gate profiles with as many classes as fit, or None where not even the means do."""
-    channels = sum(len(profile.mean) for profile in profiles)
-    if not channels:
-        return None
-    curves = int(chars / (channels * figures.CHARS_PER_GATE)) - 3  # beside the mean and two edges of its band
-    if curves < 0:
-        return None
-    known = len({name for profile in profiles for name in profile.per_class})
-    names = figures.lively_classes(profiles, min(curves, figures.MAX_LINES))
-    which = "" if len(names) == known else f"; the {len(names)} of {known:,} classes that differ most from it"
-    return Figure(
-        caption="Gate by channel: one line a class, bold the mean of all classes with a band of one standard "
-        f"deviation over images (Figure 5 of the paper){which}",
-        description="Line chart of the gate by channel index, one line a class; the JSON beside this file has the "
-        "numbers.",
-        specs=tuple(figures.gate_profile(profile, names) for profile in profiles),
-        choices=tuple(profile.site for profile in profiles),
-        first=figures.lively_site(profiles),
-        keys=(figures.mean_key(),),
-        classes=figures.class_keys(names),
+        figures=tuple(charts),
+        tables=(table,),
     )
 
 
 def _classes(run: Run) -> Section | None:
-    table = tables.classes(run)
+    table = class_tables.classes(run)
     if table is None:
         return None
-    changes = tables.class_changes(run)
+    found = changes.class_changes(run)
+    lost, won = (sum(sign * change.difference > 0 for change in found) for sign in (-1, 1))
+    sentence = (
+        f"{lost} of {text.count(len(found))} classes lose accuracy and {won} gain from {run.stages[0].stage} to "
+        f"{run.stages[-1].label}."
+    )
+    if any(change.interval is not None for change in found):
+        certain = [change.name for change in found if change.is_certain and change.difference < 0]
+        sentence += (
+            f" The 95 % interval of the change (of the same images, Agresti and Min) leaves zero out for "
+            f"{len(certain)} that lose{': ' + ', '.join(certain[:8]) if certain else ''}"
+            f"{' …' if len(certain) > 8 else ''}. Of twenty "
+            "classes without any change one such interval would leave it out by chance."
+        )
+    else:
+        sentence += (
+            " A class has only its part of the images, so its change is less certain than that of top-1."
+        )
+    charts = [
+        Figure(
+            key="classes",
+            caption="Change of accuracy, in percentage points"
+            + (", with 95 % intervals" if any(c.interval for c in found) else ""),
+            description="Bar chart of the change of accuracy of each class; the table below has the numbers.",
+            panels=((figures.classes(run),),),
+        )
+    ]
+    picture = figures.confusion(run)
+    if picture is not None:
+        charts.append(
+            Figure(
+                key="confusion",
+                caption="Change of the confusion matrix: images of a class (row) with an answer (column), "
+                f"{run.stages[-1].label} minus {run.stages[0].stage}; orange is worse, blue is better",
+                description="Table of colours; the table of wrong answers below has the largest of its numbers.",
+                panels=((picture,),),
+            )
+        )
+    wrong = class_tables.confusions(run)
     return Section(
         key="classes",
         title="Accuracy of each class",
-        paragraphs=(
-            f"{sum(last < dense for _, dense, last in changes)} of {text.count(len(changes))} classes lose accuracy "
-            f"and {sum(last > dense for _, dense, last in changes)} gain from {run.stages[0].stage} to "
-            f"{run.stages[-1].label}. A class has only its part of the images, so its change is less certain than "
-            "that of top-1.",
-        ),
-        figures=(
-            Figure(
-                caption="Change of accuracy, in percentage points",
-                description="Bar chart of the change of accuracy of each class; the table below has the numbers.",
-                specs=(figures.classes(run),),
-            ),
-        ),
-        tables=(table,),
+        paragraphs=(sentence,),
+        figures=tuple(charts),
+        tables=(table,) if wrong is None else (table, wrong),
+    )
+
+
+def _changed(run: Run) -> Section | None:
+    if not run.changed:
+        return None
+    three = changes.answers(run)
+    lost = sum(label == a != b for label, a, b in three)
+    won = sum(label == b != a for label, a, b in three)
+    other = sum(a != b for _, a, b in three) - lost - won
+    shown = (
+        f"{text.count(lost + won + other)} of {text.count(len(three))} test images have another answer in the pruned "
+        f"network: {text.count(lost)} were right before, {text.count(won)} are right now, {text.count(other)} are "
+        f"wrong both times. {len(run.changed)} of them, orange where the right answer was lost:"
+    )
+    pictures = []
+    for item in run.changed:
+        label, first, second = (
+            changes.class_name(run, number) for number in (item.label, item.first, item.second)
+        )
+        pictures.append(
+            Picture(
+                source=f"data:{item.mime};base64,{item.data}",
+                title=f"{first} → {second}",
+                detail=f"is {label}, no. {item.index}",
+                is_loss=item.first == item.label,
+            )
+        )
+    return Section(
+        key="changed", title="Images whose answer changed", paragraphs=(shown,), pictures=tuple(pictures)
     )
 
 
@@ -323,11 +355,10 @@ def _left_out(run: Run) -> Section:
 
 
 def _reproduce(run: Run) -> Section:
-    table = tables.environment(run)
     return Section(
         key="reproduce",
         title="How to reproduce",
         paragraphs=(f"Data {run.data}, architecture {run.arch.ref}, seed {run.seed}.",),
-        tables=() if table is None else (table,),
+        tables=tables.environment(run.environment, run.hashes),
         command=run.command,
     )

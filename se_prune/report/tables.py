@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from se_prune import text
-from se_prune.records import Budget, GroupPlan, SiteSummary
-from se_prune.results import Evaluation, Exported, Latency, Run
+from se_prune.records import Budget, GroupPlan, Plan, SiteSummary
+from se_prune.report import changes
+from se_prune.report.changes import dense_and_last
+from se_prune.results import Exported, Latency, Run
 
-#: Rows of the per-class table; with more classes than this it shows both ends.
-CLASS_ROWS = 60
 #: Tables longer than this are folded away behind their caption.
 LONG = 24
 
@@ -31,13 +31,6 @@ class Table:
     def is_long(self) -> bool:
         """Say whether the table is better folded away."""
         return len(self.rows) > LONG
-
-
-def dense_and_last(run: Run) -> tuple[Evaluation, Evaluation] | None:
-    """Return the first and the last evaluation of a run, or None where there are not two."""
-    if len(run.stages) < 2:
-        return None
-    return run.stages[0].evaluation, run.stages[-1].evaluation
 
 
 def before_after(run: Run) -> Table:
@@ -179,17 +172,19 @@ def layers(run: Run) -> Table | None:
     )
 
 
-def sites(run: Run) -> Table | None:
+def sites(
+    found: Sequence[SiteSummary], plan: Plan | None, *, caption: str = "Gate sites of the dense network"
+) -> Table | None:
     """Return how alive each gate is, what folding it would lose, and, where the plan folds any, what was done."""
-    if not run.sites:
+    if not found:
         return None
     done = {
         site.name: site.note or "" if site.action == "keep" else f"folded {site.note}"
-        for site in run.plan.sites
+        for site in (() if plan is None else plan.sites)
     }
-    moved = any(site.logit_shift is not None for site in run.sites)
+    moved = any(site.logit_shift is not None for site in found)
     return Table(
-        caption="Gate sites of the dense network",
+        caption=caption,
         head=(
             "gate site",
             "channels",
@@ -206,7 +201,7 @@ def sites(run: Run) -> Table | None:
         align=f"lrrrrrrr{'r' * moved}l{'l' * bool(done)}",
         rows=tuple(
             (*_site_row(site, moved=moved), *((done.get(site.name) or "kept",) if done else ()))
-            for site in run.sites
+            for site in found
         ),
     )
 
@@ -227,34 +222,28 @@ def _site_row(site: SiteSummary, *, moved: bool) -> tuple[str, ...]:
     )
 
 
-def class_changes(run: Run) -> list[tuple[str, float, float]]:
-    """Return (class, dense accuracy, last accuracy), largest loss first; empty where not recorded."""
-    pair = dense_and_last(run)
-    if pair is None:
-        return []
-    dense, last = (value.per_class for value in pair)
-    common = [(name, dense[name], last[name]) for name in dense if name in last]
-    return sorted(common, key=lambda row: row[2] - row[1])
-
-
-def classes(run: Run) -> Table | None:
-    """Return the accuracy per class; of many classes both ends of the ranking."""
-    changes = class_changes(run)
-    if not changes:
+def parts(run: Run) -> Table | None:
+    """Return what each part of the network takes before and after: MACs, and milliseconds where they were measured."""
+    columns = [(unit, changes.part_sums(run, unit)) for unit in ("MACs", "ms")]
+    known = [(unit, sums) for unit, sums in columns if sums is not None]
+    if not known:
         return None
-    caption = "Accuracy of each class, largest loss first"
-    if len(changes) > CLASS_ROWS:
-        half = CLASS_ROWS // 2
-        caption = (
-            f"Accuracy of the {half} classes that lose and the {half} that gain most, of {len(changes):,}"
-        )
-        changes = changes[:half] + changes[-half:]
-    rows = tuple(
-        (name, text.percent(dense), text.percent(last), text.points(last - dense, 1))
-        for name, dense, last in changes
+    order = list(dict.fromkeys(name for _, sums in known for name in sums))
+    write = {"MACs": text.scaled, "ms": text.milliseconds}
+    head, rows = ["part"], [[name] for name in [*order, "all"]]
+    for unit, sums in known:
+        title = "MACs" if unit == "MACs" else "time"
+        head += [f"{title}, dense", f"{title}, pruned", f"{title} kept"]
+        whole = tuple(sum(pair[side] for pair in sums.values()) for side in (0, 1))
+        for row in rows:
+            before, after = whole if row[0] == "all" else sums.get(row[0], (0.0, 0.0))
+            row += [write[unit](before), write[unit](after), text.share(after, before)]
+    return Table(
+        caption="Where the cost is",
+        head=tuple(head),
+        align=f"l{'rrr' * len(known)}",
+        rows=tuple(tuple(row) for row in rows),
     )
-    head = ("class", run.stages[0].stage, run.stages[-1].label, "change")
-    return Table(caption=caption, head=head, align="lrrr", rows=rows)
 
 
 def exported(run: Run) -> Table | None:
@@ -282,9 +271,9 @@ def _exported_row(item: Exported) -> tuple[str, ...]:
         item.target,
         item.output,
         text.file_size(item.bytes),
-        text.milliseconds(item.latency_ms),
-        text.tiny(item.max_abs_diff),
-        text.percent(item.top1_agreement, 2),
+        text.MISSING if item.latency_ms is None else text.milliseconds(item.latency_ms),
+        text.MISSING if item.max_abs_diff is None else text.tiny(item.max_abs_diff),
+        text.MISSING if item.top1_agreement is None else text.percent(item.top1_agreement, 2),
         text.count(item.images_checked),
     )
 
@@ -310,12 +299,16 @@ def uncounted(run: Run) -> Table:
     )
 
 
-def environment(run: Run) -> Table | None:
-    """Return the versions that the run was made with."""
-    if not run.environment:
-        return None
-    rows = tuple(sorted(run.environment.items()))
-    return Table(caption="Environment", head=("what", "version"), align="ll", rows=rows)
+def environment(versions: dict[str, str], hashes: dict[str, str]) -> tuple[Table, ...]:
+    """Return the versions and hardware that something was made with, and the hashes of files and data."""
+    found = []
+    if versions:
+        rows = tuple(sorted(versions.items()))
+        found.append(Table(caption="Environment", head=("what", "version"), align="ll", rows=rows))
+    if hashes:
+        rows = tuple(hashes.items())
+        found.append(Table(caption="SHA-256", head=("what", "hash"), align="ll", rows=rows))
+    return tuple(found)
 
 
 def comparison(runs: Sequence[Run]) -> Table:

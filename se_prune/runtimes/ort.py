@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from se_prune.errors import SePruneError
-from se_prune.export.onnx import INPUT, OPSET, session
+from se_prune.export.base import INPUT
+from se_prune.export.onnx import OPSET, session
 from se_prune.results import OperationTime
 from se_prune.timing import LayerShape
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from se_prune import channels
+from se_prune import channels, distributed
 from se_prune.records import Coupling
 from se_prune.scoring.registry import Evidence, criterion
 
@@ -74,8 +74,8 @@ def _accumulate(evidence: Evidence, *, squared: bool, limit: int = 256) -> None:
     model, device = evidence.model.to(evidence.device).eval(), evidence.device
     parameters = list(model.parameters())
     sums = [torch.zeros_like(p, dtype=torch.float64 if device.type != "mps" else p.dtype) for p in parameters]
-    seen = 0
-    for images, labels in evidence.batches():
+    seen = torch.zeros((), dtype=torch.float64)
+    for images, labels in evidence.batches(limit if squared else None):
         chunks = torch.split(images, 1) if squared else (images,)
         targets = torch.split(labels, 1) if squared else (labels,)
         for image, target in zip(chunks, targets, strict=True):
@@ -85,10 +85,7 @@ def _accumulate(evidence: Evidence, *, squared: bool, limit: int = 256) -> None:
                 if gradient is not None:
                     total.add_(gradient**2 if squared else gradient)
             seen += len(target)
-            if squared and seen >= limit:
-                break
-        if squared and seen >= limit:
-            break
+    distributed.add_up(seen, *sums)
     model.cpu()
     for parameter, summed in zip(parameters, sums, strict=True):
-        parameter.grad = (summed / max(1, seen)).to("cpu", parameter.dtype)
+        parameter.grad = (summed.cpu() / seen.clamp_min(1)).to("cpu", parameter.dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from se_prune import channels
+from se_prune import channels, distributed
 from se_prune.records import Coupling, LayerSlice
 from se_prune.scoring.baselines import thawed
 from se_prune.scoring.registry import Evidence, criterion
@@ -64,27 +64,23 @@ def gate_fisher(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tup
     sums = {c.group.name: torch.zeros(c.group.channels, dtype=torch.float64) for c in wanted}
     model = evidence.model.to(evidence.device).eval()
     watched = _Watched(model, {piece.layer for values in pieces.values() for piece in values})
-    left = seen = IMAGES
+    seen = torch.zeros((), dtype=torch.float64)
     try:
         with thawed(model), torch.enable_grad():
-            for images, labels in evidence.batches():
+            for images, labels in evidence.batches(IMAGES):
                 watched.inputs.clear()
                 loss = F.cross_entropy(
-                    model(images[:left].to(evidence.device)),
-                    labels[:left].to(evidence.device),
-                    reduction="sum",
+                    model(images.to(evidence.device)), labels.to(evidence.device), reduction="sum"
                 )
                 masks = watched.mask_gradients(loss)
                 for name, total in sums.items():
                     total.add_(_of_group(len(total), pieces[name], masks).square().sum(0))
-                left -= len(images)
-                if left <= 0:
-                    break
+                seen += len(images)
     finally:
         watched.close()
         model.cpu()
-    seen -= max(0, left)
-    return {name: tuple((total / max(1, seen)).tolist()) for name, total in sums.items()}
+    distributed.add_up(seen, *sums.values())
+    return {name: tuple((total / seen.clamp_min(1)).tolist()) for name, total in sums.items()}
 
 
 def _of_group(count: int, pieces: Sequence[LayerSlice], masks: dict[str, torch.Tensor]) -> torch.Tensor:

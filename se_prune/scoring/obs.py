@@ -89,13 +89,10 @@ def _grams(evidence: Evidence, signal: Signal, wanted: Sequence[Coupling]) -> di
         for piece in signal.consumers(coupling)
         if has_rows(signal.modules[piece.layer])
     }
-    model, left = evidence.model.to(evidence.device).eval(), IMAGES
+    model = evidence.model.to(evidence.device).eval()
     with torch.no_grad(), collect_grams(model, layers) as grams:
-        for images, _ in evidence.batches():
-            model(images[:left].to(evidence.device, non_blocking=True))
-            left -= len(images)
-            if left <= 0:
-                break
+        for images, _ in evidence.batches(IMAGES):
+            model(images.to(evidence.device, non_blocking=True))
     return grams
 
 

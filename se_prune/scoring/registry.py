@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Evidence:
-    """What a criterion may read; `batches` yields training images and is only called by those that need it.
+    """What a criterion may read; `batches` yields the first so many training images, or all for None.
 
+    It is only called by criteria that need it, and yields this process's share where there are several: sums over
+    images are then to be added up.
     `repair` is what follows the cut: a criterion may count on it.
     """
 
@@ -33,7 +35,7 @@ class Evidence:
     device: torch.device
     statistics: Statistics | None = None
     energies: ChannelEnergies | None = None
-    batches: Callable[[], Iterator[Batch]] | None = None
+    batches: Callable[[int | None], Iterator[Batch]] | None = None
     repair: RepairMode = "refit"
 
 

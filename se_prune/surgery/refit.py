@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from se_prune import distributed
 from se_prune.artifact import NORM_TYPES
+from se_prune.data.source import share_unreadable
 from se_prune.errors import DataError
 from se_prune.gates.moments import (
     LAYER_TYPES,
@@ -98,6 +100,10 @@ class _Moments:
             self.xy += in_float64((rows.flatten(1, 2).mT @ scaled.flatten(1, 2)).mT.reshape(-1, inputs, 1))
             self.yy += in_float64((target * scaled).sum((1, 2)).view(-1, 1))
 
+    def merge(self) -> None:
+        """Put the sums over the images of all processes in the place of this one's."""
+        distributed.add_up(self.xx, self.xy, self.yy)
+
     def error(self, weights: torch.Tensor) -> float:
         """Return Σ‖x·W − y‖² relative to Σ‖y − E[y]‖² for weights (G, I, O)."""
         fitted = ((self.xx @ weights - 2 * self.xy) * weights).sum() + self.yy.sum()
@@ -133,6 +139,8 @@ def refit(
 ) -> tuple[LayerRefit, ...]:
     """Re-fit, in place, every convolution and linear layer of `cut_network` whose inputs the plan removed.
 
+    Several processes share the images, and all fit the same weights to the moments of all of them.
+
     Depthwise convolutions (which lose outputs with their inputs), modules that run more than once, and a layer
     whose error on held-out images would not fall keep their weights. Of BN only running means change; re-estimate
     the statistics afterwards.
@@ -155,30 +163,35 @@ def refit(
         One record per layer with lost inputs, in the order in which they ran.
 
     Raises:
-        DataError: There are fewer images than `HELD_OUT`.
+        DataError: There are fewer images than `HELD_OUT`, or than processes.
     """
-    if len(split) < HELD_OUT:
+    least = max(HELD_OUT, distributed.size())
+    if len(split) < least:
         raise DataError(
-            f"the least-squares repair needs {HELD_OUT} images or more, got {len(split)}; check --data, or repair "
+            f"the least-squares repair needs {least} images or more, got {len(split)}; check --data, or repair "
             "with --repair bn."
         )
+    batch_size = min(batch_size, len(split) // distributed.size())  # some images for everyone
     kept = _kept_outputs(dense, couplings, plan)
     modules = dict(cut_network.named_modules())
     wanted = sorted({*lost_channels(plan, couplings, "in"), *changed} & kept.keys() & modules.keys())
     targets = {name: kept[name] for name in wanted if has_rows(modules[name])}
     dense.to(device).eval()
     cut_network.to(device).eval()
-    batches = (images.to(device) for images, _ in split.batches(batch_size, preprocessing))
     gating = _gating(targets, sites, couplings, plan)
+    places = distributed.share(len(split), batch_size)
+    batches = (images.to(device) for images, _ in split.take(places).batches(batch_size, preprocessing))
     images, responses = _dense_responses(dense, targets, gating, batches, on_images)
+    share_unreadable(split)
     norms = {
         layer: modules[name]
         for layer, name in norms_after(trace(dense, images[:1])).items()
         if isinstance(modules.get(name), NORM_TYPES) and modules[name].running_mean is not None
     }
     fits: list[LayerRefit] = []
+    held_out = places[: len(images)].to(device) % HELD_OUT == HELD_OUT - 1
     handles = [
-        modules[name].register_forward_pre_hook(_fit_hook(name, wanted, norms.get(name), fits))
+        modules[name].register_forward_pre_hook(_fit_hook(name, wanted, held_out, norms.get(name), fits))
         for name, wanted in responses.items()
     ]
     try:
@@ -187,7 +200,7 @@ def refit(
         for handle in handles:
             handle.remove()
     if on_images is not None:
-        on_images(len(images))
+        on_images(len(images) * distributed.size())
     return tuple(fits)
 
 
@@ -271,7 +284,7 @@ def _dense_responses(
                 used.append(batch)
                 dense(batch)
                 if on_images is not None:
-                    on_images(len(batch))
+                    on_images(len(batch) * distributed.size())
                 stored = sum(p.nbytes for values in parts.values() for p in values)
                 if stored * (1 + 1 / len(used)) > RESPONSE_BYTES:
                     break
@@ -291,11 +304,15 @@ def _dense_responses(
 
 
 def _fit_hook(
-    name: str, wanted: _Wanted, norm: nn.Module | None, fits: list[LayerRefit]
+    name: str,
+    wanted: _Wanted,
+    held_out: torch.Tensor,
+    norm: nn.Module | None,
+    fits: list[LayerRefit],
 ) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, LAYER_TYPES)
-        fits.append(_fit(name, module, inputs[0], wanted, norm))
+        fits.append(_fit(name, module, inputs[0], wanted, held_out=held_out, norm=norm))
 
     return hook
 
@@ -305,6 +322,8 @@ def _fit(
     module: nn.Conv2d | nn.Linear,
     features: torch.Tensor,
     wanted: _Wanted,
+    *,
+    held_out: torch.Tensor,
     norm: nn.Module | None,
 ) -> LayerRefit:
     """Fit one layer to the dense responses; its weights change where the held-out error falls."""
@@ -316,7 +335,6 @@ def _fit(
     if module.bias is not None:
         bias = in_float64(module.bias).view_as(bias)
     current = torch.cat([weight, bias], 1)
-    held_out = torch.arange(len(features), device=features.device) % HELD_OUT == HELD_OUT - 1
     fitting, checking = (
         _moments(
             current,
@@ -359,7 +377,7 @@ def _moments(
     response: torch.Tensor,
     weights: torch.Tensor | None,
 ) -> _Moments:
-    """Return the sums of a layer's inputs and the dense responses, some images at a time."""
+    """Return the sums of a layer's inputs and the dense responses over the images of all processes."""
     sums = _Moments.like(current)
     for part, rows in input_rows(module, features):
         target = response[part]
@@ -374,6 +392,7 @@ def _moments(
         else:
             root = weights[part].sqrt().view(-1, 1, 1).expand(-1, rows.shape[1] // len(weights[part]), 1)
             sums.add(rows * root.reshape(1, -1, 1), target * root.reshape(1, -1, 1))
+    sums.merge()
     return sums
 
 

@@ -5,16 +5,19 @@ Shapes: N images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from se_prune import distributed
 from se_prune.artifact import NORM_TYPES
+from se_prune.data.source import shared_batches
 from se_prune.device import inference_batch
 from se_prune.errors import DataError
+from se_prune.gates.moments import in_float64
 from se_prune.records import Preprocessing
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ def recalibrate_bn(
     """Set every BN's running mean and variance to their average over the batches of `split`.
 
     The averages are cumulative (each batch counts the same), so the result does not depend on a momentum. Weights
-    are not touched; the model stays on `device` in eval mode.
+    are not touched; the model stays on `device` in eval mode. Several processes share the batches.
 
     Returns:
         How many BN layers were set.
@@ -56,16 +59,34 @@ def recalibrate_bn(
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        for images, labels in split.batches(batch_size, preprocessing):
+        for images, labels in shared_batches(split, batch_size, preprocessing):
             if len(labels) > 1:
                 model(images.to(device, non_blocking=True))
             if on_batch is not None:
-                on_batch(len(labels))
+                on_batch(len(labels) * distributed.size())
+        if distributed.size() > 1:
+            _average_statistics(norms)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
     return len(norms)
+
+
+def _average_statistics(norms: Sequence[nn.Module]) -> None:
+    """Put the average over the batches of all processes in the place of each BN's own."""
+    for norm in norms:
+        mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        assert isinstance(mean, torch.Tensor)
+        assert isinstance(variance, torch.Tensor)
+        assert isinstance(count, torch.Tensor)
+        seen = in_float64(count)
+        sums = in_float64(torch.stack([mean, variance])) * seen
+        distributed.add_up(sums, seen)
+        if seen > 0:  # a BN that no image reaches keeps what it has
+            mean.copy_(sums[0] / seen)
+            variance.copy_(sums[1] / seen)
+            count.copy_(seen)
 
 
 @torch.no_grad()
@@ -119,9 +140,11 @@ def divergence(
     dense.to(device).eval()
     model.to(device).eval()
     total = 0.0
-    for images, _ in split.batches(inference_batch(device), preprocessing):
+    for images, _ in shared_batches(split, inference_batch(device), preprocessing):
         wanted, got = (
             functional.log_softmax(network(images.to(device)).float(), 1) for network in (dense, model)
         )
         total += float(functional.kl_div(got, wanted, reduction="sum", log_target=True))
-    return total / max(1, len(split))
+    summed = torch.tensor(total, dtype=torch.float64)
+    distributed.add_up(summed)
+    return float(summed) / max(1, len(split))

@@ -1,10 +1,10 @@
-"""The training loop of `train` and `finetune`: one device, any number of starts, the same weights in the end."""
+"""The training loop of `train` and `finetune`: any number of starts and of processes, the same weights in the end."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from se_prune import distributed
 from se_prune.data.batches import TensorImages
-from se_prune.data.source import balanced_subset
+from se_prune.data.source import balanced_subset, share_unreadable
 from se_prune.errors import DataError, Interrupted, UsageError
 from se_prune.records import Preprocessing
 from se_prune.schema import record, to_json
 from se_prune.settings import TrainSettings
 from se_prune.surgery.repair import recalibrate_bn
 from se_prune.training.interrupt import Request, stop_request
+from se_prune.training.lasso import GroupLasso, ScaledGroup
 from se_prune.training.losses import FeatureLoss, FeatureMatch
-from se_prune.training.mixing import Mixing, require_pairs
+from se_prune.training.mixing import Mixing, outputs, require_batches
+from se_prune.training.norms import shares_statistics
 from se_prune.training.optim import build_optimizer, learning_rate
 from se_prune.training.precision import amp_dtype
 from se_prune.training.state import Parts, Position, StateFile, fingerprint
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
     from se_prune.data import Split
     from se_prune.data.batches import Batch
 
-#: Steps between two rows of the log, and between two readings of the sums on a device that must be waited for.
+#: Steps between two rows of the log, and between two readings of the sums where a GPU or others must be waited for.
 LOG_EVERY = 20
+#: Between the seeds of two processes, whose dropout differs.
+SEEDS_APART = 1_000_003
 
 
 @record
@@ -117,8 +122,13 @@ def fit(
     resume: Path | None = None,
     on_step: Callable[[StepLog], None] | None = None,
     features: FeatureMatch | None = None,
+    scaled: Sequence[ScaledGroup] = (),
 ) -> TrainResult:
     """Train `model` in place on augmented images of `split`; it ends on the CPU in eval mode.
+
+    Several processes (`se_prune.distributed`) share every batch: images, augmentation, mixing, rates, loss and gradient
+    are those of one process, to float tolerance, where BN shares its statistics (`sync_bn`) and nothing is dropped.
+    The state is written by the main process, and any number of processes can go on from it.
 
     Args:
         model: The network, of any size.
@@ -132,10 +142,12 @@ def fit(
         resume: A folder that keeps the state; a run found there goes on at its step. Ctrl-C then finishes the step.
         on_step: Called after every step.
         features: Which features of the teacher the network has, for `distill_features`.
+        scaled: What scales the channels that can leave, for `group_lasso`.
 
     Raises:
         DataError: The split has no image, or too few to hold some out.
-        UsageError: Settings do not go with the data, or features are to be distilled and were not matched.
+        UsageError: Settings do not go with the data or the number of processes, or features are to be distilled and
+            were not matched.
         SePruneError: The loss is not finite.
         CheckpointError: `resume` holds another run.
         Interrupted: The user stopped a run that `resume` keeps.
@@ -145,18 +157,19 @@ def fit(
     if settings.distill_features and (teacher is None or features is None):
         raise UsageError("distill_features needs the dense network; give it with --teacher.")
     started = time.monotonic()
+    distributed.synchronise(model)
     told = f"{to_json(replace(settings, track=()))} {seed}"
     mark = fingerprint(told, [split.labels], [model] if teacher is None else [model, teacher])
     held: Split | None = None
     if settings.held_out:
         split, held = hold_out(split, settings.held_out, seed)
-    require_pairs(settings, len(split))
+    require_batches(settings, len(split))
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         stop_request(resume is not None) as request,
         contextlib.ExitStack() as watched,
     ):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + SEEDS_APART * distributed.rank())
         step, average = _prepare(
             model,
             split,
@@ -174,6 +187,7 @@ def fit(
         if settings.distill_features and features is not None and teacher is not None:
             step.features = FeatureLoss(features, device)
             watched.enter_context(step.features.watching(model, teacher))
+        step.lasso = GroupLasso(model, scaled, settings) if scaled else None
         run = _Run(
             step=step,
             split=split,
@@ -211,7 +225,7 @@ def _prepare(
     model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
     mixing: Mixing | None = None
     if settings.mixup > 0 or settings.cutmix > 0:
-        mixing = Mixing(settings, _outputs(model, preprocessing, device), seed)
+        mixing = Mixing(settings, outputs(model, preprocessing, device), seed)
     average = _average(model, settings)
     amp = amp_dtype(settings, device)
     asked: Teacher | None = None
@@ -238,6 +252,7 @@ def _prepare(
         total=settings.epochs * -(-batches // settings.accumulate),
         teacher=asked,
         mixing=mixing,
+        shared_norms=shares_statistics(settings, len(split)),
     )
     return step, average
 
@@ -255,10 +270,12 @@ def _epoch(run: _Run) -> None:
             run.average.update(run.step.model, step=run.done)
         ends = position.step == run.steps_per_epoch
         _report(run, sums, logged=ends or position.step % LOG_EVERY == 0)
-        if not ends and (run.request.made or (run.state is not None and run.state.due())):
+        asked, due = distributed.any_of(run.request.made, run.state is not None and run.state.due())
+        if not ends and (asked or due):
             sums.read(position)
             _save(run)
-            _stop_where_asked(run)
+            _stop_where_asked(run, asked)
+    share_unreadable(run.split)
     _end_epoch(run, sums)
 
 
@@ -267,14 +284,15 @@ def _next(run: _Run, groups: Iterator[list[Batch]]) -> list[Batch] | None:
     try:
         return next(groups, None)
     except RuntimeError:
-        _stop_where_asked(run)
+        _stop_where_asked(run, run.request.made)
         raise
 
 
 def _report(run: _Run, sums: Sums, *, logged: bool) -> None:
-    """Tell how the epoch goes; a device that must be waited for is read only where the report is logged."""
+    """Tell how the epoch goes; a GPU and other processes are waited for only where the report is logged."""
     position = run.position
-    if logged or run.step.parts.device.type == "cpu":
+    alone = run.step.parts.device.type == "cpu" and distributed.size() == 1
+    if logged or alone:
         sums.read(position)
     if run.on_step is None:
         return
@@ -312,8 +330,9 @@ def _end_epoch(run: _Run, sums: Sums) -> None:
     position.epoch, position.step = position.epoch + 1, 0
     position.loss_sum, position.right, position.seen = 0.0, 0, 0
     _save(run)
+    (asked,) = distributed.any_of(run.request.made)
     if position.epoch < run.settings.epochs and not position.stopped:
-        _stop_where_asked(run)
+        _stop_where_asked(run, asked)
 
 
 def _report_held_out(run: _Run, step: int) -> None:
@@ -341,8 +360,8 @@ def _save(run: _Run) -> None:
         run.state.save(run.position, run.step.parts)
 
 
-def _stop_where_asked(run: _Run) -> None:
-    if run.request.made and run.state is not None:
+def _stop_where_asked(run: _Run, asked: bool) -> None:
+    if asked and run.state is not None:
         raise Interrupted(
             f"stopped after step {run.done} of {run.step.total}; the state is in {run.state.path.parent}, and the "
             "same command goes on from there."
@@ -372,15 +391,6 @@ def _result(run: _Run) -> TrainResult:
         best_epoch=position.best_epoch if best else None,
         seconds=position.seconds,
     )
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> int:
-    """Return how many classes a network in training mode has; its BN statistics stay as they are."""
-    model.eval()
-    outputs = model(torch.zeros(1, *preprocessing.input_size, device=device)).shape[1]
-    model.train()
-    return int(outputs)
 
 
 def _average(model: nn.Module, settings: TrainSettings) -> Any:

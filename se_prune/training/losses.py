@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from se_prune import distributed
 from se_prune.gates.tap import OnGate, tap
 from se_prune.records import GateSite
 
@@ -71,11 +72,13 @@ class FeatureLoss:
 
     def __call__(self) -> torch.Tensor:
         """Return the loss of the batch that both networks have just seen, and forget it."""
-        losses = []
+        gaps, energies = [], []
         for name, index in self.kept.items():
             wanted = self.theirs[name][:, index].float()
-            gap = self.mine[name].float() - wanted
-            losses.append(gap.square().sum() / wanted.square().sum().clamp_min(1e-12))
+            gaps.append((self.mine[name].float() - wanted).square().sum())
+            energies.append(wanted.square().sum())
         self.mine.clear()
         self.theirs.clear()
-        return torch.stack(losses).mean()
+        whole = torch.stack(energies).detach()
+        distributed.average([whole])  # so that the mean of the processes' losses is that of the whole batch
+        return (torch.stack(gaps) / whole.clamp_min(1e-12)).mean()

@@ -10,13 +10,19 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import nn
 
+from se_prune import distributed
 from se_prune.errors import UsageError
+from se_prune.records import Preprocessing
 from se_prune.settings import TrainSettings
 
 
 class Mixing:
-    """Mixes each image of a batch with another, and its label with the other's (Zhang 2018, Yun 2019)."""
+    """Mixes each image of a batch with another, and its label with the other's (Zhang 2018, Yun 2019).
+
+    The other is the one as far from the other end of the batch; a process's share of it holds both.
+    """
 
     def __init__(self, settings: TrainSettings, classes: int, seed: int) -> None:
         from timm.data import Mixup
@@ -39,13 +45,31 @@ class Mixing:
         return mixed, targets
 
 
-def require_pairs(settings: TrainSettings, images: int) -> None:
-    """Check that batches can be mixed.
+@torch.no_grad()
+def outputs(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> int:
+    """Return how many classes a network in training mode has; its BN statistics stay as they are."""
+    model.eval()
+    outputs = model(torch.zeros(1, *preprocessing.input_size, device=device)).shape[1]
+    model.train()
+    return int(outputs)
+
+
+def require_batches(settings: TrainSettings, images: int) -> None:
+    """Check that batches can be shared by the processes, and mixed.
 
     Raises:
-        UsageError: A batch has an odd number of images.
+        UsageError: A batch cannot be shared equally, or a share is to be mixed and has an odd number of images.
     """
-    size = min(settings.batch_size, images)
+    size, sharing = min(settings.batch_size, images), distributed.size()
+    pairs = bool(settings.mixup or settings.cutmix)
+    if sharing > 1 and (size % sharing or (pairs and size // sharing % 2)):
+        raise UsageError(
+            f"{sharing} processes cannot share a batch of {size} images equally{' and in pairs' if pairs else ''}; "
+            f"choose a batch_size that {sharing * (1 + pairs)} divides, of at most the {images} training images, or "
+            "another number of processes."
+        )
+    if sharing > 1 and settings.sync_bn == "on" and settings.compile:
+        raise UsageError('sync_bn = "on" cannot be compiled; set compile = false, or sync_bn = "off".')
     if (settings.mixup or settings.cutmix) and size % 2:
         raise UsageError(
             f"mixup and cutmix mix pairs, but a batch has {size} images; choose an even batch_size of at most {images}."

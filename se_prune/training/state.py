@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from se_prune import distributed
 from se_prune.errors import CheckpointError
-from se_prune.files import make_folder, remove_folder, write_tensors
+from se_prune.files import make_folder, remove_folder, require_shared, write_tensors
 
 STATE_FILE = "training-state.safetensors"
 #: Beside it, the ids of the runs in MLflow and W&B.
@@ -70,15 +71,13 @@ class StateFile:
         return time.monotonic() - self.saved_at >= max(SAVE_SECONDS, self.cost / SAVE_SHARE)
 
     def save(self, position: Position, parts: Parts) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state, whole or not at all; all processes take part, the main one writes."""
         started = time.monotonic()
         tensors, plain = _optimizer_state(parts.optimizer)
         for part, module in parts.modules.items():
             tensors |= {f"{part}/{key}": value for key, value in module.state_dict().items()}
         tensors |= {f"best/{key}": value for key, value in parts.best.items()}
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if parts.device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(parts.device)
+        tensors |= _random_states(parts.device)
         metadata = {
             "fingerprint": self.fingerprint,
             "position": json.dumps(asdict(position)),
@@ -95,7 +94,8 @@ class StateFile:
         Raises:
             CheckpointError: The file is broken or belongs to another run.
         """
-        if not self.path.exists():
+        require_shared(self.path.parent)
+        if not distributed.from_main(self.path.exists):
             return Position()
         metadata, tensors = _read(self.path)
         if metadata.get("fingerprint") != self.fingerprint:
@@ -108,10 +108,29 @@ class StateFile:
         parts.best = _below(tensors, "best/")
         _load_optimizer(parts.optimizer, tensors, json.loads(metadata["optimizer"]))
         parts.scaler.load_state_dict(json.loads(metadata["scaler"]))
-        torch.set_rng_state(tensors["rng/cpu"])
-        if parts.device.type == "cuda" and "rng/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng/cuda"], parts.device)
+        _set_random_states(tensors, parts.device)
         return Position(**json.loads(metadata["position"]))
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the generators of all processes, by kind and process."""
+    kinds = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        kinds["cuda"] = torch.cuda.get_rng_state(device)
+    return {
+        f"rng/{kind}/{number}": state
+        for kind, own in kinds.items()
+        for number, state in enumerate(distributed.gather_bytes(own))
+    }
+
+
+def _set_random_states(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Set the generators of this process; they stay as they are where the state was that of fewer processes."""
+    cpu, cuda = (tensors.get(f"rng/{kind}/{distributed.rank()}") for kind in ("cpu", "cuda"))
+    if cpu is not None:
+        torch.set_rng_state(cpu)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
 
 
 def state_beside(output: Path) -> Path:
@@ -134,7 +153,7 @@ def fingerprint(told: str, labels: Sequence[torch.Tensor], networks: Sequence[nn
 
 def remove_state(folder: Path) -> None:
     """Remove the state in a folder, and the folder where nothing else is in it."""
-    if not folder.is_dir():
+    if not folder.is_dir() or not distributed.is_main():
         return
     for name in (STATE_FILE, TRACKING_FILE):
         for left in [*folder.glob(name), *folder.glob(f".{name}.*")]:
@@ -145,8 +164,12 @@ def remove_state(folder: Path) -> None:
 
 def trained_seconds(folder: Path) -> float:
     """Return how long the run whose state lies in a folder has trained, over all its starts."""
-    metadata, _ = _read(folder / STATE_FILE)
-    return Position(**json.loads(metadata["position"])).seconds
+
+    def read() -> float:
+        metadata, _ = _read(folder / STATE_FILE)
+        return Position(**json.loads(metadata["position"])).seconds
+
+    return float(distributed.from_main(read))
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from se_prune import distributed
 from se_prune.errors import SePruneError
 from se_prune.settings import TrainSettings
+from se_prune.training.lasso import GroupLasso
 from se_prune.training.losses import FeatureLoss, distillation_loss, label_loss
 from se_prune.training.mixing import Mixing
+from se_prune.training.norms import statistics_of_whole
 from se_prune.training.optim import learning_rate
 from se_prune.training.state import Parts, Position
 from se_prune.training.teacher import Teacher
@@ -28,7 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Step:
-    """What a step needs; `forward` is the network as it runs (compiled or not), `total` the steps of the whole run."""
+    """What a step needs; `forward` is the network as it runs (compiled or not), `total` the steps of the whole run.
+
+    Several processes have a share of every batch each. Gradients are averaged over them once a step, and so are BN's
+    running statistics: weights and buffers are the same in all. `shared_norms`: BN takes the moments of whole batches.
+    """
 
     model: nn.Module
     forward: nn.Module
@@ -37,9 +44,11 @@ class Step:
     amp: torch.dtype | None
     layout: torch.memory_format
     total: int
+    lasso: GroupLasso | None = None
     teacher: Teacher | None = None
     mixing: Mixing | None = None
     features: FeatureLoss | None = None
+    shared_norms: bool = False
 
     def __call__(self, batches: list[Batch], step: int, sums: Sums) -> None:
         """Make step number `step` (from 0) with the mean gradient of some batches, and add them to `sums`."""
@@ -50,6 +59,8 @@ class Step:
         for index, (images, labels) in enumerate(batches):
             loss = self._loss(images, labels, step * settings.accumulate + index, sums)
             scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+        distributed.average([p.grad for p in self.model.parameters() if p.grad is not None])
+        distributed.average([b for b in self.model.buffers() if b.is_floating_point()])
         if settings.clip_norm > 0:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
@@ -63,7 +74,8 @@ class Step:
         if self.mixing is not None:
             images, labels = self.mixing(images, labels, batch)
         with torch.autocast(device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            logits = self.forward(images)
+            with statistics_of_whole(self.shared_norms):
+                logits = self.forward(images)
             loss = label_loss(logits.float(), labels, settings.label_smoothing)
             if self.teacher is not None:
                 target = self.teacher(images).float()
@@ -71,17 +83,23 @@ class Step:
                 loss = (1 - settings.distill_weight) * loss + settings.distill_weight * soft
             if self.features is not None:
                 loss = loss + settings.distill_features * self.features()
+            if self.lasso is not None:
+                loss = loss + self.lasso(batch // settings.accumulate, self.total)
         sums.add(loss.detach(), logits.detach(), labels)
         return loss
 
 
 class Sums:
-    """Loss and right answers over the images of an epoch, summed on the device, and read only when asked."""
+    """Loss and right answers over the images of an epoch, summed on the device, and read only when asked.
+
+    Each of several processes sums over its own images; `seen`, and what is read, counts those of all.
+    """
 
     def __init__(self, position: Position, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self.loss = torch.full((), position.loss_sum, dtype=wide, device=device)
-        self.right = torch.full((), position.right, dtype=torch.long, device=device)
+        first = distributed.is_main()  # it goes on from the sums of all
+        self.loss = torch.full((), position.loss_sum if first else 0.0, dtype=wide, device=device)
+        self.right = torch.full((), position.right if first else 0, dtype=torch.long, device=device)
         self.seen = position.seen
         self._since, self._seen_then = time.monotonic(), position.seen
 
@@ -90,16 +108,18 @@ class Sums:
         right = labels if labels.ndim == 1 else labels.argmax(1)
         self.loss += loss * len(labels)
         self.right += (logits.argmax(1) == right).sum()
-        self.seen += len(labels)
+        self.seen += len(labels) * distributed.size()
 
     def read(self, position: Position) -> None:
-        """Wait for the device and write the sums into a position.
+        """Wait for the device and all processes, and write the sums into a position.
 
         Raises:
             SePruneError: The loss is not finite.
         """
-        require_finite(self.loss)
-        position.loss_sum, position.right, position.seen = float(self.loss), int(self.right), self.seen
+        loss, right = self.loss.clone(), self.right.clone()
+        distributed.add_up(loss, right)
+        require_finite(loss)
+        position.loss_sum, position.right, position.seen = float(loss), int(right), self.seen
 
     def rate(self, *, restart: bool) -> float:
         """Return the images per second since the last restart of the count."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from se_prune import distributed
+from se_prune.data.source import shared_batches
 from se_prune.device import inference_batch
 from se_prune.errors import DataError
 from se_prune.records import Preprocessing
@@ -38,13 +40,18 @@ def hold_out(split: Split, share: float, seed: int) -> tuple[Split, Split]:
 
 @torch.no_grad()
 def top1(model: nn.Module, split: Split, preprocessing: Preprocessing, device: torch.device) -> float:
-    """Return the share of readable images that the network, in eval mode, gets right; its mode is put back."""
+    """Return the share of readable images that the network, in eval mode, gets right; its mode is put back.
+
+    Several processes share the images.
+    """
     training = model.training
     model.eval()
     right, seen = torch.zeros((), dtype=torch.long, device=device), 0
-    for images, labels in split.batches(inference_batch(device), preprocessing):
+    for images, labels in shared_batches(split, inference_batch(device), preprocessing):
         logits = model(images.to(device, non_blocking=True))
         right += (logits.argmax(1) == labels.to(device, non_blocking=True)).sum()
         seen += len(labels)
     model.train(training)
-    return int(right) / max(1, seen)
+    sums = torch.tensor([int(right), seen])
+    distributed.add_up(sums)
+    return int(sums[0]) / max(1, int(sums[1]))

@@ -11,11 +11,14 @@ import hashlib
 import torch
 from torch import nn
 
+from se_prune import distributed
 from se_prune.data.batches import TensorImages
 from se_prune.records import Preprocessing
 from se_prune.settings import TrainSettings
 
 BATCH = 256
+#: Bytes of an image's hash.
+KEY = 16
 
 
 class Teacher:
@@ -43,13 +46,32 @@ class Teacher:
         if max(changing) > 0 or settings.epochs <= len(forms):
             return
         answers: list[torch.Tensor] = []
-        keys: list[bytes] = []
+        keys: list[torch.Tensor] = []
         for form in forms:
-            for images, _ in form.batches(BATCH, preprocessing):
-                keys += _keys(images)
-                answers.append(self.model(images.contiguous(memory_format=self.layout)))
-        self.rows = {key: row for row, key in enumerate(keys)}
+            answered, known = self._answered(form, preprocessing)
+            answers.append(answered)
+            keys.append(known)
+        self.rows = {bytes(key): row for row, key in enumerate(torch.cat(keys).tolist())}
         self.answers = torch.cat(answers)
+
+    def _answered(
+        self, split: TensorImages, preprocessing: Preprocessing
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the outputs (N, K) for all images and their keys as bytes (N, KEY); processes share the work."""
+        places = distributed.share(len(split), BATCH)
+        answers: list[torch.Tensor] = []
+        found: list[bytes] = []
+        for images, _ in split.take(places).batches(BATCH, preprocessing):
+            found += _keys(images)
+            answers.append(self.model(images.contiguous(memory_format=self.layout)))
+        tables: dict[str, torch.Tensor] = {}
+        if answers:
+            own = torch.cat(answers).float()
+            keys = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).view(-1, KEY)
+            tables["answers"] = own.new_zeros(len(split), own.shape[1]).index_copy_(0, places, own)
+            tables["keys"] = keys.new_zeros(len(split), KEY).index_copy_(0, places, keys)
+        tables = distributed.add_up_tables(tables)
+        return tables["answers"], tables["keys"]
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -63,4 +85,4 @@ class Teacher:
 
 
 def _keys(images: torch.Tensor) -> list[bytes]:
-    return [hashlib.blake2b(image.numpy(), digest_size=16).digest() for image in images.contiguous()]
+    return [hashlib.blake2b(image.numpy(), digest_size=KEY).digest() for image in images.contiguous()]

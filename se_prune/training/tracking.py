@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from se_prune import distributed
 from se_prune.errors import SePruneError, UsageError
 from se_prune.files import write_text
 from se_prune.schema import to_dict
@@ -153,6 +154,8 @@ class Wandb:
 def following(settings: TrainSettings, log: Path, *, name: str, state: Path) -> Iterator[OnStep]:
     """Yield what `fit` calls after every step: it writes the log, and tells the trackers of the settings.
 
+    Of several processes the main one alone does so.
+
     Args:
         settings: Of the training; its `track` names the trackers.
         log: The CSV file; TensorBoard's folder is named after it.
@@ -164,6 +167,9 @@ def following(settings: TrainSettings, log: Path, *, name: str, state: Path) -> 
     """
     for tracker in settings.track:
         _module(tracker)
+    if not distributed.is_main():
+        yield lambda _: None
+        return
     told, ids = to_dict(settings), state / TRACKING_FILE
     followers: list[Follower] = [CsvLog(log)]
     made: dict[str, Callable[[], Follower]] = {

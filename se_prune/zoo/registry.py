@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from se_prune.errors import CheckpointError, UsageError, nearest
 from se_prune.records import ArchSpec, Preprocessing
-from se_prune.zoo import linear_gate, steps
+from se_prune.zoo import linear_gate, options, steps
 from se_prune.zoo.bn_inception import BNInception
 from se_prune.zoo.inception_resnet import InceptionResNetV2
 from se_prune.zoo.mobilenet import MobileNet
@@ -120,12 +120,29 @@ def resolve(ref: str, **kwargs: Any) -> ArchSpec:
     The zoo comes first, except for the names in `PREFIXED`.
 
     Args:
-        ref: As `--arch` takes it.
+        ref: As `--arch` takes it, with options behind a ? where there are any.
         **kwargs: Arguments of the factory, such as `num_classes`.
 
     Raises:
-        UsageError: No library has that name; the message gives the nearest one.
+        UsageError: No library has that name, or the network no such option; the message gives the nearest one.
     """
+    ref, given = options.split(ref)
+    spec = _named(ref)
+    options.require_known(spec.ref, given, _known_options(spec.ref) if given else ())
+    return replace(spec, kwargs=options.merged(ref, given, kwargs))
+
+
+def _known_options(ref: str) -> Collection[str]:
+    """Return the options that a reference may have: the arguments of a factory of the zoo or the user."""
+    library, _, name = ref.rpartition(":")
+    if library in LIBRARIES and library != "zoo":
+        return COMMON_KWARGS
+    factory = ZOO[name][0] if library == "zoo" else _user_factory(library, name)
+    return [n for n in inspect.signature(factory).parameters if n != "gate_gain"]
+
+
+def _named(ref: str) -> ArchSpec:
+    """Return the spec of a reference without options."""
     library, _, name = ref.rpartition(":")
     if library == steps.LIBRARY:
         raise UsageError(
@@ -138,7 +155,7 @@ def resolve(ref: str, **kwargs: Any) -> ArchSpec:
             if candidate == "zoo" and name in PREFIXED:
                 continue
             if name in names(candidate):
-                return ArchSpec(ref=f"{candidate}:{name}", kwargs=kwargs)
+                return ArchSpec(ref=f"{candidate}:{name}")
         known: Iterable[str] = [n for library in ("zoo", "timm") for n in names(library)]
         raise UsageError(
             f"no architecture is called '{ref}'{nearest(ref, known)}; `se-prune archs` lists them."
@@ -147,7 +164,7 @@ def resolve(ref: str, **kwargs: Any) -> ArchSpec:
         raise UsageError(
             f"{library} has no architecture '{name}'{nearest(name, names(library))}; `se-prune archs` lists them."
         )
-    return ArchSpec(ref=ref, kwargs=kwargs)
+    return ArchSpec(ref=ref)
 
 
 def is_library(ref: str) -> bool:

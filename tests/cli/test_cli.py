@@ -266,7 +266,7 @@ def test_train(place):
 def test_run_and_report(place):
     Path("tiny.toml").write_text(RECIPE, encoding="utf-8")
     found = document("run tiny.toml -o out")
-    assert set(found["files"]) == {"artifact", "run", "report", "markdown", "onnx"}
+    assert set(found["files"]) == {"artifact", "run", "card", "report", "markdown", "onnx"}
     assert all(Path(file).is_file() for file in found["files"].values())
     assert found["after"]["macs"] <= 0.5 * found["before"]["macs"]
     page = document("report out -o page.html")

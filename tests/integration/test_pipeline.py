@@ -181,14 +181,34 @@ def test_a_run_leaves_all_its_files(folder, tmp_path):
         "report.html",
         "report.md",
         "report.json",
+        "MODEL_CARD.md",
     }
     assert not {name for name in names if name.startswith(".")}  # no temporary file is left
-    assert set(outcome.files) == {"artifact", "run", "report", "markdown", "onnx"}
+    assert set(outcome.files) == {"artifact", "run", "card", "report", "markdown", "onnx"}
     run = outcome.run
     assert from_json(Run, outcome.files["run"].read_text(encoding="utf-8")) == run
     assert [s.stage for s in run.stages] == ["dense", "cut", "repaired", "fine-tuned"]
     assert run.cost_after.macs <= 0.5 * run.cost_before.macs
     assert {s.evaluation.n for s in run.stages} == {120}
+    assert len(run.labels) == 120
+    first, last = (s.evaluation.predictions for s in (run.stages[0], run.stages[-1]))
+    different = sum(a != b for a, b in zip(first, last, strict=True))
+    assert len(run.changed) == min(different, 24)
+    for item in run.changed:
+        assert (item.label, item.first, item.second) == (
+            run.labels[item.index], first[item.index], last[item.index],
+        )  # fmt: skip
+    assert {operation.part for operation in run.operations[1]} == set(run.parts.values())
+    assert set(run.parts) == set(run.cost_before.per_layer)
+    for summary, gate in zip(run.sites_after, run.profiles_after, strict=True):
+        assert len(gate.channels) == len(gate.mean) == summary.channels
+    assert set(run.hashes) == {
+        "dense.safetensors", "pruned.safetensors", "pruned.onnx",
+        "training images and labels", "test images and labels",
+    }  # fmt: skip
+    card = (tmp_path / "out" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name")
+    assert f"| top-1 | {100 * run.stages[-1].evaluation.top1:.2f} % |" in card
 
     again = open_model(str(outcome.files["artifact"]))
     x = pipeline.example_input(again.header.preprocessing, 8)

@@ -76,7 +76,7 @@ def test_inputs_leave_standardised_convolutions(tmp_path):
     with torch.no_grad():
         broken.b.weight[0] += 1
     with pytest.raises(
-        SurgeryError, match="the tensor 'b.weight' of the cut network is not what the plan makes"
+        SurgeryError, match=r"the tensor 'b\.weight' of the cut network is not what the plan makes"
     ):
         verify(model, broken, tuple(found.values()), plan, IMAGES)
     assert [computes_weights(layer) for layer in (result.a, result.b, result.c)] == [True, False, True]

@@ -1,8 +1,8 @@
 """ONNX export of a zoo network: parity, dynamic batch, metadata; and that nothing wrong or unfinished is kept."""
 
-import builtins
 import json
 import logging
+import sys
 
 import numpy as np
 import onnx
@@ -108,6 +108,8 @@ def test_the_metadata_say_how_to_feed_it(exported):
         "se_prune.input_size": [1, 28, 28],
         "se_prune.mean": [0.286],
         "se_prune.std": [0.353],
+        "se_prune.input": "float32 nchw",
+        "se_prune.output": "logits",
     }
     assert [(item.domain, item.version) for item in model.opset_import] == [("", 18)]
     onnx.checker.check_model(model, full_check=True)
@@ -166,9 +168,15 @@ def test_the_exporter_is_silent_and_the_loggers_are_restored(
     assert [logging.getLogger(name).level for name in onnx_target.LOGGERS] == levels
 
 
-@pytest.mark.parametrize(("target", "hint"), [("onx", "did you mean 'onnx'"), ("coreml", "--to takes onnx")])
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("onx", "did you mean 'onnx'"),
+        ("tflite", "--to takes coreml, executorch, ncnn, onnx, openvino, torch"),
+    ],
+)
 def test_an_unknown_target_names_the_known_ones(tmp_path, target, hint):
-    assert list(TARGETS) == ["onnx"]
+    assert list(TARGETS) == ["onnx", "openvino", "executorch", "coreml", "ncnn", "torch"]
     with pytest.raises(UsageError, match=hint):
         export(network(Weak(), "mine:net"), target, tmp_path / "a.onnx", torch.rand(2, 1, 28, 28))
 
@@ -183,13 +191,6 @@ def test_images_of_another_size_are_refused(tmp_path, shape):
 
 
 def test_a_missing_package_names_what_to_install(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_onnxruntime(name, *args, **kwargs):
-        if name == "onnxruntime":
-            raise ImportError("No module named 'onnxruntime'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_onnxruntime)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(SePruneError, match=r"onnxruntime.*: pip install onnx onnxscript onnxruntime"):
         export(network(Weak(), "mine:net"), "onnx", tmp_path / "a.onnx", torch.rand(2, 1, 28, 28))

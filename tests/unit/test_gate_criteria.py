@@ -44,7 +44,7 @@ def chain(**options):
 
 def lost(have, removed):
     """Return the loss without channels of `a` after the best re-fit of `b`, by `lstsq` on every patch."""
-    model, images = have.model, torch.cat([x for x, _ in have.batches()])
+    model, images = have.model, torch.cat([x for x, _ in have.batches(None)])
     with torch.no_grad():
         patches = F.unfold(model.a(images).relu(), 3, padding=1).transpose(1, 2).flatten(0, 1).double()
         target = model.b(model.a(images).relu()).permute(0, 2, 3, 1).reshape(-1, 4).double()
@@ -61,7 +61,7 @@ def lost(have, removed):
 
 def target_energy(have):
     """Return Σ E[(W·x)²] of layer `b`, its bias left out."""
-    images = torch.cat([x for x, _ in have.batches()])
+    images = torch.cat([x for x, _ in have.batches(None)])
     with torch.no_grad():
         out = F.conv2d(have.model.a(images).relu(), have.model.b.weight, padding=1)
     return float(out.double().square().mean((0, 2, 3)).sum())
@@ -170,7 +170,7 @@ def test_fisher_is_the_squared_gradient_of_a_mask():
     have = chain()
     found = score("gate-fisher", have).groups["a"]
     model, total = have.model, torch.zeros(6, dtype=torch.float64)
-    for images, labels in have.batches():
+    for images, labels in have.batches(None):
         for image, label in zip(images, labels, strict=True):
             mask = torch.ones(1, 6, 1, 1, requires_grad=True)
             maps = model.norm(model.b(model.a(image[None]).relu() * mask)).relu()

@@ -128,3 +128,31 @@ def test_a_cut_that_torch_pruning_gets_wrong_is_refused():
     plan = planned(found, "b", (0,))
     with pytest.raises(SurgeryError, match=r"does not run .*nothing was written.* please report"):
         verify(model, cut(model, IMAGES, plan), tuple(found.values()), plan, IMAGES)
+
+
+class Attention(nn.Module):
+    """Single-head attention on a part of the map, and a convolved part in front (SHViT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)
+        self.qkv, self.proj, self.fc = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.outer(self.inner(x).relu())
+        first, second = torch.split(x, [4, 4], 1)
+        q, k, v = (part.flatten(2) for part in torch.split(self.qkv(first), [2, 2, 4], 1))
+        mixed = (v @ (q.transpose(-2, -1) @ k).softmax(-1).transpose(-2, -1)).reshape(first.shape)
+        x = x + self.proj(torch.cat([mixed, second], 1))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_reshape_on_which_torch_pruning_divides_by_zero_is_refused_alone():
+    model = Attention().eval()
+    with pytest.raises(ZeroDivisionError):
+        tp.DependencyGraph().build_dependency(model, example_inputs=IMAGES, verbose=False)
+    found = groups_of(model)
+    assert [name for name, c in found.items() if c.group.prunable] == ["inner"]
+    plan = planned(found, "inner", (1, 4))
+    assert verify(model, cut(model, IMAGES, plan), tuple(found.values()), plan, IMAGES) <= 1e-9

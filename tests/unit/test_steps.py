@@ -21,7 +21,7 @@ from se_prune.evaluate import evaluate
 from se_prune.export import export
 from se_prune.gates.sites import find_sites
 from se_prune.pipeline import apply_plan, finetune, plan, structure
-from se_prune.pipeline.run import real_images
+from se_prune.pipeline.exporting import real_images
 from se_prune.records import ArchSpec, ArtifactHeader, Budget
 from se_prune.schema import from_json, to_json
 from se_prune.settings import TrainSettings

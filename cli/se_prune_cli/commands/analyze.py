@@ -13,6 +13,7 @@ from se_prune_cli.output import (
     Data,
     Device,
     Ema,
+    Figures,
     InputSize,
     Json,
     MaxBadImages,
@@ -25,6 +26,8 @@ from se_prune_cli.output import (
     Std,
     Workers,
     class_names,
+    command_line,
+    figures_note,
     model_options,
     preprocessing_line,
 )
@@ -39,6 +42,16 @@ def command(
     ] = None,
     images: Annotated[int | None, typer.Option(help="Training images to look at; all without.")] = None,
     classes: Classes = None,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML file on the gates; .md and .json go beside it.")
+    ] = None,
+    figures: Figures = None,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes that report and figures draw, with commas between; the liveliest without."
+        ),
+    ] = None,
     arch: Arch = None,
     pretrained: Pretrained = False,
     ema: Ema = False,
@@ -60,18 +73,22 @@ def command(
     from se_prune.files import require_writable
     from se_prune.folding import liveness
     from se_prune.gates.summary import summarise
+    from se_prune.pipeline.details import gate_report, require_known
+    from se_prune.report import write_gate_figures, write_gate_report
     from se_prune.schema import to_dict
 
     out = Output(as_json)
     if images is not None and images < 1:
         raise UsageError(f"--images must be at least 1, got {images}.")
-    if output is not None:
-        require_writable(output)
+    for file in (output, report):
+        if file is not None:
+            require_writable(file)
     target, source = choose_device(device), open_data(data, workers=workers, max_bad_images=max_bad_images)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     out.say(preprocessing_line(network.header.preprocessing))
     if classes is not None:
         network, source = pipeline.for_classes(network, source, class_names(classes))
+    drawn = require_known(class_names(show or ""), source.classes)
     statistics = pipeline.analyze(
         network, source, device=target, images=images, seed=seed, reporter=Progressed()
     )
@@ -83,11 +100,30 @@ def command(
     if output is not None:
         statistics.save(output)
         out.say(f"statistics: {output}")
+    files: list[Path] = []
+    if report is not None or figures is not None:
+        record = gate_report(
+            statistics,
+            name=model,
+            command=command_line(data),
+            data=source.name,
+            seed=seed,
+            outlook=liveness(outlook),
+            device=target,
+            classes=drawn,
+        )
+        files = [] if report is None else write_gate_report(record, report)
+        for file in files:
+            out.say(str(file))
+        drawings = [] if figures is None else write_gate_figures(record, figures)
+        figures_note(out, figures, drawings)
+        files += drawings
     out.document(
         {
             "n": statistics.n,
             "gates": to_dict(outlook),
             "sites": [to_dict(s) for s in summaries],
             "output": None if output is None else str(output),
+            "files": [str(file) for file in files],
         }
     )

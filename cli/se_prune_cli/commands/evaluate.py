@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ from se_prune_cli.output import (
     Progressed,
     Std,
     Workers,
+    command_line,
     model_options,
     preprocessing_line,
 )
@@ -37,6 +39,9 @@ def command(
     against_pretrained: Annotated[
         bool, typer.Option("--against-pretrained", help="Load the library's weights for it.")
     ] = False,
+    card: Annotated[
+        Path | None, typer.Option(help="Model card to write, in Hugging Face's form, such as MODEL_CARD.md.")
+    ] = None,
     arch: Arch = None,
     pretrained: Pretrained = False,
     ema: Ema = False,
@@ -54,9 +59,13 @@ def command(
     from se_prune.data import open_data
     from se_prune.device import choose_device
     from se_prune.evaluate import paired
+    from se_prune.files import require_writable
+    from se_prune.pipeline.details import write_card
     from se_prune.schema import to_dict
 
     out, show = Output(as_json), Progressed()
+    if card is not None:
+        require_writable(card)
     target, source = choose_device(device), open_data(data, workers=workers, max_bad_images=max_bad_images)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
     other = None if against is None else open_model(against, pretrained=against_pretrained)
@@ -64,7 +73,7 @@ def command(
     _, result = pipeline.assess(network, source, device=target, reporter=show)
     rows, document = [(model, result)], to_dict(result)
     document.pop("predictions")
-    test = None
+    test = reference = None
     if other is not None:
         other = pipeline.like(other, network, source)
         _, reference = pipeline.assess(other, source, device=target, reporter=show)
@@ -83,4 +92,11 @@ def command(
             f"gets right, {test.only_first_right} only the second; exact McNemar p = {test.p_value:.3g}",
             highlight=False,
         )
+    if card is not None:
+        write_card(
+            card, network, source, result, file=model, command=command_line(data), device=target, paired=test,
+            against=None if reference is None else (Path(str(against)).name, reference),
+        )  # fmt: skip
+        out.say(f"model card: {card}")
+        document["card"] = str(card)
     out.document(document)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from se_prune import text
+from se_prune_cli.exported import exported_rows, int8_rows, noise_rows
 from se_prune_cli.output import (
     Arch,
     Data,
@@ -25,15 +25,34 @@ from se_prune_cli.output import (
     model_options,
 )
 
+TARGETS = "onnx, openvino, executorch, ncnn, coreml, torch"
+
 
 def command(
     model: Model,
     data: Data,
-    to: Annotated[str, typer.Option("--to", help="onnx")] = "onnx",
+    to: Annotated[str, typer.Option("--to", help=TARGETS)] = "onnx",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The file to write; MODEL with the target's suffix.")
     ] = None,
     images: Annotated[int, typer.Option(help="Training images to check the file on.")] = 256,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Whole numbers of 8 bits; compared with float on all test images."),
+    ] = False,
+    calibration: Annotated[int, typer.Option(help="Other training images, for the ranges of int8.")] = 256,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Top-1 that int8 may lose, 0.005 for half a point; above, exit code 3, no file."),
+    ] = None,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="Bytes of images in, probabilities out.")
+    ] = False,
+    layout: Annotated[str, typer.Option(help="Of these bytes: nhwc or nchw.")] = "nhwc",
+    runner: Annotated[
+        bool,
+        typer.Option("--runner", help="Write predict.py beside it, which needs numpy and the runtime alone."),
+    ] = False,
     arch: Arch = None,
     pretrained: Pretrained = False,
     ema: Ema = False,
@@ -49,32 +68,40 @@ def command(
     from se_prune.checkpoint import open_model
     from se_prune.data import open_data
     from se_prune.errors import UsageError
-    from se_prune.export import export
-    from se_prune.pipeline.run import real_images
+    from se_prune.export import require_target, suffix_of
+    from se_prune.export.base import Pixels
     from se_prune.schema import to_dict
 
     out = Output(as_json)
-    if images < 1:
-        raise UsageError(f"--images must be at least 1, got {images}.")
+    if layout not in {"nhwc", "nchw"}:
+        raise UsageError(f"--layout takes nhwc or nchw, got '{layout}'.")
+    pixels = cast("Pixels", layout) if with_preprocessing else None
+    require_target(to, quantised=int8, pixels=pixels)
     source = open_data(data, workers=workers, max_bad_images=max_bad_images)
     network = open_model(model, **model_options(arch, pretrained, input_size, mean, std, ema))
-    source = pipeline.matching(network, source)
-    target = output or Path(f"{Path(model.rpartition(':')[2]).stem}.{to}")
+    target = output or Path(f"{Path(model.rpartition(':')[2]).stem}{suffix_of(to)}")
     if target.exists() and target.resolve() == Path(model).resolve():
         raise UsageError(f"{target} is MODEL itself; give another file with -o.")
     with Progressed().stage(f"export to {to}", None):
-        result = export(network, to, target, real_images(source.train, network, images))
-    out.table(
-        f"{to}, checked on {result.images_checked} training images",
-        ["file", "bytes", "largest difference", "same top-1", "latency, batch 1, 1 thread"],
-        [
-            [
-                result.output,
-                text.file_size(result.bytes),
-                f"{result.max_abs_diff:.1e}",
-                text.percent(result.top1_agreement),
-                f"{result.latency_ms:.2f} ms",
-            ]
-        ],
-    )
+        result = pipeline.export_network(
+            network,
+            to,
+            target,
+            source,
+            images=images,
+            int8=int8,
+            calibration=calibration,
+            max_drop=max_drop,
+            pixels=pixels,
+            with_runner=runner,
+        )
+    out.table(f"{to}, checked on {result.images_checked} training images", *exported_rows(result))
+    if result.note:
+        out.say(result.note)
+    if result.int8 is not None:
+        out.table(f"int8 and float, {result.int8.n} test images", *int8_rows(result, result.int8))
+        if result.int8.layers:
+            out.table("noise of int8, layer by layer", *noise_rows(result.int8.layers))
+    if runner:
+        out.say(f"python {target.with_name('predict.py')} {target} IMAGES… names the classes of images")
     out.document(to_dict(result))
