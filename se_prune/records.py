@@ -265,7 +265,11 @@ class Budget:
 
 @record
 class GroupPlan:
-    """What leaves one group, and why no more of it does (`note`)."""
+    """What leaves one group, and why no more of it does (`note`).
+
+    `predicted_loss` is the sum of the scores of what leaves, where the criterion's scores are in one unit (a share of
+    the recalibrated signal): comparable across groups, from the statistics alone.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     name: str
@@ -273,6 +277,7 @@ class GroupPlan:
     channels: int
     removed: tuple[int, ...]
     note: str | None = None
+    predicted_loss: float | None = None
 
 
 @record
