@@ -114,8 +114,6 @@ GroupKind = Literal["gated", "stream", "inner", "hidden"]
 RepairMode = Literal["refit", "bn", "none"]
 #: Hidden units leave by their own scores, in proportion to the channels that they gate, or not at all.
 HiddenPolicy = Literal["prune", "tie", "keep"]
-#: How the steps of a cut share what leaves: alike, most of it first, or the same share of what is left each time.
-StepShape = Literal["linear", "cubic", "geometric"]
 #: What stands where an SE block was: nothing, or a depthwise 1×1 convolution. Where its multiply could not be taken
 #: out: a constant in place of its last layer, and nothing in place of its first, which is not used any more.
 FoldKind = Literal["identity", "scale", "constant", "unused"]

@@ -21,7 +21,11 @@ STUDIES = (
     "throughput",
     "distributed",
     "recipes",
+    "export",
+    "int8",
     "distill",
+    "schedules",
+    "max_drop",
     "report",
     "graph_cost",
 )

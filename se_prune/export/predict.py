@@ -5,7 +5,7 @@
 Written beside an export by `se-prune export --runner`; it knows nothing of se-prune or torch. Class names and
 preprocessing come from the export itself. Files of images: .npy and idx (plain or .gz) with bytes of shape (N, H, W),
 (N, H, W, C) or (N, C, H, W); .ppm and .pgm; anything else is opened with Pillow, its shorter side resized and the
-middle cropped. Runtimes: onnxruntime (.onnx), openvino (.xml), ncnn (.param), ai-edge-litert (.tflite).
+middle cropped. Runtimes: onnxruntime (.onnx), openvino (.xml), ncnn (.param).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Run = Callable[[Any], Any]
 
 def open_network(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     """Return what runs a file on images, and what is known of it."""
-    kinds = {".onnx": _onnx, ".xml": _openvino, ".param": _ncnn, ".tflite": _litert}
+    kinds = {".onnx": _onnx, ".xml": _openvino, ".param": _ncnn}
     if path.suffix not in kinds:
         sys.exit(f"error: {path} is none of the files that this program runs: {', '.join(kinds)}.")
     if not path.is_file():
@@ -88,21 +88,6 @@ def _ncnn(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
         with net.create_extractor() as work:
             work.input("in0", ncnn.Mat(np.ascontiguousarray(image)).clone())
             return np.array(work.extract("out0")[1])
-
-    return lambda images: np.stack([one(image) for image in images]), _beside(path)
-
-
-def _litert(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
-    from ai_edge_litert.interpreter import Interpreter
-
-    work = Interpreter(str(path), num_threads=threads)
-    work.allocate_tensors()
-    (source,), (result,) = work.get_input_details(), work.get_output_details()
-
-    def one(image: Any) -> Any:
-        work.set_tensor(source["index"], image[None])
-        work.invoke()
-        return work.get_tensor(result["index"])[0].copy()
 
     return lambda images: np.stack([one(image) for image in images]), _beside(path)
 

@@ -23,8 +23,9 @@ ORDER = (
     "files",  # writing whole files
     "device",
     "text",  # how numbers are written
-    "recipe",
     "schedule",  # steps of a cut
+    "recipe",
+    "keys",  # what a recipe may say
     "zoo",  # architectures
     "computed",  # convolutions that compute their weights
     "fixed",  # what follows the channels beside parameters
