@@ -43,6 +43,16 @@ def _gradients(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+        _forget_gradients(model)
+
+
+def _forget_gradients(model: nn.Module) -> None:
+    """Take what modules computed and kept for later (attention biases) out of autograd's graph: else none is copied."""
+    for module in model.modules():
+        for held in (vars(module), *(v for v in vars(module).values() if isinstance(v, dict))):
+            for key, value in held.items():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    held[key] = value.detach()
 
 
 def _free_mixers(module2node: Mapping[Any, Any]) -> None:
@@ -143,20 +153,38 @@ Found = tuple[nn.Module, Any | None, set[Any]]
 
 @contextlib.contextmanager
 def _bounded(graph: Any) -> Iterator[None]:
-    """Raise where torch-pruning follows channels without end: sums with a part of another map (ReXNet)."""
+    """Raise where torch-pruning follows channels without end.
+
+    It does in sums with a part of another map (ReXNet), and where it takes the reshapes of attention for flattenings,
+    so that every channel has more and more places; no flattening has more than the widest layer reads.
+    """
+    layers: list[Any] = [m for m in graph.module2node if isinstance(m, (*CONV_TYPES, nn.Linear))]
+    widest = max((getattr(m, "in_features", None) or m.in_channels for m in layers), default=0)
     limit = max(LEAST_MEMBERS, len(graph.module2node))
-    original = Group.add_dep
+    original, flatten = Group.add_dep, index_mapping._FlattenIndexMapping.__call__
+    growing: list[Any] = []
+
+    def end() -> _EndlessError:
+        items = growing[-1].items if growing else []
+        return _EndlessError({i.dep.target.module for i in items if i.dep.handler in OUT_FNS})
 
     def add(self: Any, dep: Any, idxs: Any) -> None:
+        growing[:] = [self]
         if len(self) > limit:
-            raise _EndlessError({i.dep.target.module for i in self.items if i.dep.handler in OUT_FNS})
+            raise end()
         original(self, dep, idxs)
 
-    Group.add_dep = add
+    def spread(self: Any, idxs: Any) -> Any:
+        result = flatten(self, idxs)
+        if len(result) > widest:
+            raise end()
+        return result
+
+    Group.add_dep, index_mapping._FlattenIndexMapping.__call__ = add, spread
     try:
         yield
     finally:
-        Group.add_dep = original
+        Group.add_dep, index_mapping._FlattenIndexMapping.__call__ = original, flatten
 
 
 def _every_group(graph: Any) -> Iterator[Found]:

@@ -1,6 +1,9 @@
 """Channels of splits, slices and concatenations."""
 
+import copy
+
 import pytest
+import timm
 import torch
 import torch_pruning as tp
 from torch import nn
@@ -156,3 +159,13 @@ def test_a_reshape_on_which_torch_pruning_divides_by_zero_is_refused_alone():
     assert [name for name, c in found.items() if c.group.prunable] == ["inner"]
     plan = planned(found, "inner", (1, 4))
     assert verify(model, cut(model, IMAGES, plan), tuple(found.values()), plan, IMAGES) <= 1e-9
+
+
+def test_attention_that_torch_pruning_follows_in_ever_longer_lists_is_refused_alone():
+    model = timm.create_model("efficientvit_m0").eval()
+    found = groups_of(model, torch.randn(1, 3, 224, 224))
+    copy.deepcopy(model)  # what it keeps for later is no part of autograd's graph
+    endless = [n for n, c in found.items() if "without end" in (c.group.reason or "")]
+    assert any("attn" in name for name in endless)
+    ready = [name for name, c in found.items() if c.group.prunable]
+    assert {name for name in ready if ".ffn" in name} >= {"stages.0.blocks.0.ffn0.m.pw1.conv"}
