@@ -59,10 +59,10 @@ def main() -> None:
     report()
 
 
-def installed(target: str) -> bool:
+def installed(target: str, *, int8: bool = False) -> bool:
     """Say whether a target's packages are there."""
     try:
-        TARGETS[target].require_packages()
+        TARGETS[target].require_packages(int8=int8)
     except SePruneError:
         return False
     return True

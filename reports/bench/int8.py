@@ -52,7 +52,7 @@ def main() -> None:
     data = open_data(os.environ.get("FASHION_MNIST", "fashion-mnist"))
     for variant in VARIANTS:
         for name in NETWORKS:
-            missing = [t for t in CHOSEN if (name, variant, t) not in done and installed(t)]
+            missing = [t for t in CHOSEN if (name, variant, t) not in done and installed(t, int8=True)]
             if missing:
                 _export_all(name, variant, missing, data)
     report()

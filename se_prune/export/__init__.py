@@ -82,7 +82,7 @@ def export(
         if given is not None:
             _require_images(given, size)
     _require_place(chosen, Path(output))
-    chosen.require_packages()
+    chosen.require_packages(int8=quantised)
     exported = subject(network, images, calibration=calibration, pixels=pixels)
     names = chosen.files(Path(output))
     with whole_files(names) as folder:

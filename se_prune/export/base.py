@@ -100,6 +100,7 @@ class Target:
         others: Suffixes of further files, which replace that of the main file.
         importing: What the packages are imported in.
         takes_int8: Whether `write` can.
+        int8_packages: The packages that it needs for that as well.
         takes_pixels: Whether bytes can be its input.
         unverifiable: Why this machine cannot run the file; None where it can.
         note: What a user must know about the file.
@@ -114,17 +115,18 @@ class Target:
     others: tuple[str, ...] = ()
     importing: Callable[[], AbstractContextManager[None]] = nullcontext
     takes_int8: bool = False
+    int8_packages: tuple[str, ...] = ()
     takes_pixels: bool = True
     unverifiable: Callable[[], str | None] = lambda: None
     note: str = ""
 
-    def require_packages(self) -> None:
+    def require_packages(self, *, int8: bool = False) -> None:
         """Check that the packages are there.
 
         Raises:
             SePruneError: One is missing; the message says how to install it.
         """
-        for package in self.packages:
+        for package in (*self.packages, *(self.int8_packages if int8 else ())):
             try:
                 with quiet(), self.importing():
                     importlib.import_module(package)

@@ -82,10 +82,11 @@ EXECUTORCH = Target(
     name="executorch",
     suffix=".pte",
     others=(".json",),
-    packages=("executorch", "torchao"),
+    packages=("executorch",),
     install="pip install 'se-prune[executorch]'",
     write=write,
     open=open_file,
     takes_int8=True,
+    int8_packages=("torchao",),
     note="ExecuTorch ran on as many threads as it chose itself",
 )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from se_prune.export.qdq import Candidate, Int8Form
 
 #: Pixels of all images that the noise is measured on, and the least and largest number of images.
-PIXELS, FEWEST, MOST = 2**18, 8, 64
+PIXELS, FEWEST, MOST = 2**18, 4, 64
 #: Layers that may go back to float, the worst first.
 TRIALS = 8
 #: What a layer in float must win, in dB of the network's output, and the share of all weights that it may hold.
@@ -83,7 +83,9 @@ def _noise(form: Int8Form, chosen: set[int], images: NDArray[Any], exact: NDArra
 def _inside(form: Int8Form, chosen: set[int], images: NDArray[Any]) -> dict[str, float | None]:
     """Return the signal-to-noise ratio of what every layer in int8 gives, in the whole network."""
     [source] = [value.name for value in form.model.graph.input]
-    names = [c.settled for c in form.candidates if c.index in chosen and not c.last]
+    names = [
+        c.settled for c in form.candidates if c.index in chosen and not c.last and c.settled in form.ranges
+    ]
     if not names:
         return {}
     feeds = {source: images}

@@ -37,7 +37,7 @@ def write(subject: Subject, path: Path, int8: bool) -> tuple[LayerNoise, ...]:
     """Write `path` and the `.bin` beside it.
 
     Raises:
-        SePruneError: OpenVINO or NNCF cannot convert the network, or NNCF is missing.
+        SePruneError: OpenVINO or NNCF cannot convert the network.
     """
     import openvino
 
@@ -56,11 +56,9 @@ def write(subject: Subject, path: Path, int8: bool) -> tuple[LayerNoise, ...]:
 
 def _int8(model: Any, subject: Subject) -> Any:
     with without_telemetry(), quiet():
-        try:
-            import nncf
-            from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
-        except ImportError as error:
-            raise SePruneError(f"--int8 for OpenVINO needs NNCF ({error}): {OPENVINO.install}") from error
+        import nncf
+        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+
         logging.getLogger("nncf").setLevel(logging.ERROR)
         images = subject.calibration.numpy()
         with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
@@ -110,4 +108,5 @@ OPENVINO = Target(
     write=write,
     open=open_file,
     takes_int8=True,
+    int8_packages=("nncf",),
 )

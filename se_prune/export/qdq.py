@@ -31,7 +31,8 @@ ACTIVATION_MAX = 255
 BIAS_MAX = 2**30
 #: Largest bias that is kept in 16 bits.
 HALF_MAX = 2.0**15
-CALIBRATION_BATCH = 32
+#: Values of the images at a time, and images at most: every tensor of the network is held for each.
+CALIBRATION_VALUES, CALIBRATION_BATCH = 2**18, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Int8Form:
         else:
             return None
         settled, dropped = self._settled(node.output[0])
-        last = settled in self.outputs
+        last = settled in self.outputs or self._are_logits(settled)
         return Candidate(index, layer, node.op_type, tuple(reads), settled, None if last else dropped, last)
 
     def _layer_before(self, index: int) -> str:
@@ -145,6 +146,11 @@ class Int8Form:
             return node.output[0], readers[0]
         return name, None
 
+    def _are_logits(self, name: str) -> bool:
+        """Say whether a tensor only goes into the softmax of the output, where 8 bits would make ties."""
+        kinds = {self.model.graph.node[index].op_type for index in self.readers.get(name, [])}
+        return kinds == {"Softmax"}
+
     def _starts_at_zero(self, node: Any) -> bool:
         low = self.weights.get(node.input[1]) if len(node.input) > 1 else None
         return low is not None and float(low) == 0.0
@@ -166,8 +172,9 @@ class Int8Form:
         watched = [n for n in names if n not in inputs and n not in self.outputs]
         opened = self.session(self.model, watched)
         low, high = dict.fromkeys(names, math.inf), dict.fromkeys(names, -math.inf)
-        for start in range(0, len(images), CALIBRATION_BATCH):
-            batch = images[start : start + CALIBRATION_BATCH]
+        size = max(1, min(CALIBRATION_BATCH, CALIBRATION_VALUES // math.prod(images.shape[1:])))
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
             found = dict(zip(watched, opened.run(watched, dict.fromkeys(inputs, batch)), strict=True))
             found |= dict.fromkeys(inputs, batch)
             for name in names:
@@ -178,7 +185,14 @@ class Int8Form:
 
     def build(self, chosen: Collection[int]) -> Any:
         """Return the model with the candidates at these places in int8, and names as short as they can be."""
-        return _Builder(self, [c for c in self.candidates if c.index in chosen]).model()
+        return _Builder(
+            self, [c for c in self.candidates if c.index in chosen and self._is_finite(c)]
+        ).model()
+
+    def _is_finite(self, candidate: Candidate) -> bool:
+        """Say whether all that a node reads and settles was finite in calibration."""
+        names = candidate.reads if candidate.last else (*candidate.reads, candidate.settled)
+        return all(name in self.ranges for name in names)
 
 
 def _plain(node: Any) -> bool:

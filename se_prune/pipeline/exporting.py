@@ -60,7 +60,7 @@ def export_network(
             raise UsageError(f"{option} must be at least 1, got {value}.")
     if max_drop is not None and not int8:
         raise UsageError("--max-drop is what int8 may lose; give it with --int8.")
-    targets.require_target(target, quantised=int8, pixels=pixels)
+    targets.require_target(target, quantised=int8, pixels=pixels).require_packages(int8=int8)
     if with_runner:
         runner.require_runner(target, Path(output))
     data = matching(network, data)

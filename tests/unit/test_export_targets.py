@@ -57,9 +57,9 @@ def images(n=6):
     )
 
 
-def require(name):
+def require(name, *, int8=False):
     """Skip a test whose target's packages are not there."""
-    for package in TARGETS[name].packages:
+    for package in (*TARGETS[name].packages, *(TARGETS[name].int8_packages if int8 else ())):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
 
@@ -120,9 +120,7 @@ def test_core_ml_runs_on_macos(monkeypatch):
 
 @pytest.mark.parametrize("name", ["openvino", "executorch"])
 def test_int8_of_other_targets(tmp_path, name):
-    require(name)
-    if name == "openvino" and importlib.util.find_spec("nncf") is None:
-        pytest.skip("nncf is not installed")
+    require(name, int8=True)
     path = tmp_path / f"net{suffix_of(name)}"
     result = export(network(), name, path, images(), quantised=True, calibration=images(8), pixels="nchw")
     assert result.input == "uint8 nchw"
@@ -178,7 +176,7 @@ def test_the_extras_are_those_of_the_package():
     extras = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for name, extra in EXTRAS.items():
         wanted = {requirement.partition(">")[0] for requirement in extras[extra]}
-        assert set(TARGETS[name].packages) <= wanted
+        assert {*TARGETS[name].packages, *TARGETS[name].int8_packages} == wanted
 
 
 @pytest.mark.parametrize(
