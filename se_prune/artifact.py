@@ -19,7 +19,7 @@ from torch import nn
 from se_prune.computed import computes_weights, plain_like
 from se_prune.errors import CheckpointError, SePruneError, UsageError
 from se_prune.files import write_tensors
-from se_prune.fixed import filter_of, follow, resize_filter, width_lists
+from se_prune.fixed import ConstantGate, filter_of, follow, resize_filter, width_lists
 from se_prune.records import ArchSpec, ArtifactHeader, FoldKind, Geometry
 from se_prune.schema import from_json, to_json
 from se_prune.zoo import registry
@@ -52,6 +52,8 @@ def geometry(module: nn.Module) -> Geometry | None:
         return Geometry(in_channels=module.in_features, out_channels=module.out_features)
     if isinstance(module, NORM_TYPES):
         return Geometry(in_channels=module.num_features, out_channels=module.num_features)
+    if isinstance(module, ConstantGate):
+        return Geometry(in_channels=len(module.weight), out_channels=len(module.weight))
     if filter_of(module) is not None:
         channels = int(vars(module)["channels"])
         return Geometry(in_channels=channels, out_channels=channels, groups=channels)
@@ -125,7 +127,7 @@ def weight_shape(module: nn.Module, size: Geometry) -> tuple[int, ...]:
         return (size.out_channels, size.in_channels // size.groups, *module.kernel_size)
     if isinstance(module, nn.Linear):
         return (size.out_channels, size.in_channels)
-    if isinstance(module, NORM_TYPES):
+    if isinstance(module, (*NORM_TYPES, ConstantGate)):
         return (size.out_channels,)
     kernel = filter_of(module)
     if kernel is not None:
@@ -317,7 +319,8 @@ def _require_blocks(module: nn.Module, kinds: Mapping[str, FoldKind], *, what: s
     modules = dict(module.named_modules())
     for name in kinds:
         block = modules.get(name) if name else None
-        if block is None or not any(geometry(m) for m in block.modules() if m is not block):
+        gate = kinds[name] in {"constant", "unused"}
+        if block is None or not any(geometry(m) for m in block.modules() if gate or m is not block):
             raise CheckpointError(f"{what} folds '{name}', which is no SE block of its architecture.")
         if any(name.startswith(f"{other}.") for other in kinds):
             raise CheckpointError(f"{what} folds '{name}' inside a block that it folds; it is damaged.")
@@ -336,6 +339,9 @@ def replace_blocks(
     """
     for name, kind in kinds.items():
         new: nn.Module = nn.Identity()
+        if kind == "constant":
+            weight = next(module.get_submodule(name).parameters())
+            new = ConstantGate(weight.new_zeros(1) if scales is None else scales[name].to(weight))
         if kind == "scale":
             like = next(module.get_submodule(name).parameters())
             value = like.new_ones(1) if scales is None else scales[name]

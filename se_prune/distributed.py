@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from se_prune import errors
 from se_prune.errors import PeerError, SePruneError, UsageError, first_line
 from se_prune.schema import from_json, to_json
 
@@ -259,7 +260,7 @@ def synchronise(module: nn.Module) -> None:
     from torch import distributed
 
     with torch.no_grad(), _exchange():
-        for tensor in module.state_dict(keep_vars=True).values():
+        for tensor in (*module.parameters(), *module.buffers()):
             whole = tensor.detach().contiguous()
             distributed.broadcast(whole, 0)
             tensor.copy_(whole)
@@ -305,8 +306,24 @@ def gather_bytes(own: torch.Tensor) -> list[torch.Tensor]:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """Return what the main process makes, a value of JSON, in all of them; the others wait for it."""
-    return gather(make() if is_main() else None)[0]
+    """Return what the main process makes, a value of JSON, in all of them; the others wait for it.
+
+    Raises:
+        SePruneError: What it raises there is raised in all, so that all go on alike where it is caught.
+    """
+    if size() == 1:
+        return make()
+    own: dict[str, Any] = {}
+    if is_main():
+        try:
+            own = {"value": make()}
+        except SePruneError as error:
+            own = {"error": [type(error).__name__, str(error)]}
+    answer = gather(own)[0]
+    if "error" in answer:
+        kind, text = answer["error"]
+        raise getattr(errors, kind, SePruneError)(text)
+    return answer["value"]
 
 
 def record_from_main(kind: type[T], make: Callable[[], T]) -> T:

@@ -38,6 +38,12 @@ class SurgeryError(SePruneError):
     """The network cannot be cut, or the cut network does not equal its masked twin."""
 
 
+class NotKept(SePruneError):  # noqa: N818 - nothing went wrong
+    """What the user asked to be kept is not, such as `--max-drop`; the message says by how much."""
+
+    exit_code = 3
+
+
 class PeerError(SePruneError):
     """Another of several processes has ended, so that this one cannot go on."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from se_prune import distributed
 from se_prune.data.source import readable, shared_batches
 from se_prune.errors import DataError
 from se_prune.records import Preprocessing
-from se_prune.results import Evaluation, PairedTest
+from se_prune.results import Drop, Evaluation, PairedTest
 
 if TYPE_CHECKING:
     from se_prune.data import Split
@@ -136,3 +137,28 @@ def paired(first: Evaluation, second: Evaluation, split: Split) -> PairedTest:
     three = zip(first.predictions, second.predictions, split.labels.tolist(), strict=True)
     both = [(a == t, b == t) for a, b, t in three if UNREADABLE not in (a, b)]
     return mcnemar([a for a, _ in both], [b for _, b in both])
+
+
+def drop(first: Evaluation, second: Evaluation, split: Split, confidence: float) -> Drop:
+    """Return the top-1 that the second of two networks loses, from pairs of answers to the same images.
+
+    The intervals are Wald's of a difference of paired proportions, with one image added to each kind of disagreement
+    (Bonett and Price 2012), so that they are not of length zero where the two agree everywhere.
+
+    Args:
+        first: The network that is compared with.
+        second: The network that may lose.
+        split: The images of both.
+        confidence: Level of the one-sided interval whose upper end is returned; 0.5 gives the drop itself.
+    """
+    test = paired(first, second, split)
+    n = sum(UNREADABLE not in pair for pair in zip(first.predictions, second.predictions, strict=True))
+    lost, won = (test.only_first_right + 1) / (n + 2), (test.only_second_right + 1) / (n + 2)
+    error = math.sqrt((lost + won - (lost - won) ** 2) / (n + 2))
+    measured = -test.top1_difference
+    return Drop(
+        n=n,
+        drop=measured,
+        ci95=(lost - won - Z95 * error, lost - won + Z95 * error),
+        upper=measured if confidence == 0.5 else lost - won + NormalDist().inv_cdf(confidence) * error,
+    )

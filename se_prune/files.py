@@ -254,7 +254,7 @@ def require_shared(folder: Path) -> None:
     """
     if distributed.machines() == 1:
         return
-    name = distributed.from_main(lambda: Path(tempfile.mkstemp(prefix=".shared.", dir=folder)[1]).name)
+    name = distributed.from_main(lambda: _left_in(folder))
     deadline, seen = time.monotonic() + SEEN_AFTER, False
     while not seen and time.monotonic() < deadline:
         seen = folder.is_dir() and name in os.listdir(folder)  # noqa: PTH208 - asks the server anew
@@ -266,6 +266,13 @@ def require_shared(folder: Path) -> None:
         raise UsageError(
             f"the machines do not share {folder}; put the output in a folder that all of them have mounted."
         )
+
+
+def _left_in(folder: Path) -> str:
+    """Leave an empty file in a folder and return its name."""
+    handle, name = tempfile.mkstemp(prefix=".shared.", dir=folder)
+    os.close(handle)
+    return Path(name).name
 
 
 def cache_folder() -> Path:

@@ -56,3 +56,15 @@ def _widths(module: nn.Module) -> list[int] | None:
     if not all(isinstance(layer, CONVOLUTIONS) for layer in layers):
         return None
     return [layer.in_channels for layer in layers if isinstance(layer, CONVOLUTIONS)]
+
+
+class ConstantGate(nn.Module):
+    """Stands for the last layer of a gate: gives a constant per channel (C,), whatever it reads (N, …)."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (N, C, 1, …) with as many dimensions as `x`."""
+        return self.weight.view(1, -1, *[1] * (x.ndim - 2)).expand(x.shape[0], *[-1] * (x.ndim - 1))

@@ -30,8 +30,8 @@ from se_prune.records import (
 from se_prune.timing import LatencyModel
 
 #: Exponent of a channel's MACs in a step's price; 0 ignores the cost, 1 is score per MAC. On held-out training images
-#: of the bundled networks 0.75 and 1 do alike, and less does worse on one of them (`reports/scores.md`).
-COST_POWER = 0.75
+#: of the bundled networks less does worse, and so does more on one of them (`reports/scores.md`).
+COST_POWER = 1.0
 
 
 def make_plan(
@@ -187,6 +187,36 @@ def _target(problem: Problem, budget: Budget, full: Sequence[int]) -> float:
     return fraction * _measure(problem, budget, full) + 1e-6
 
 
+def predicted_loss(scores: Scores, group: ChannelGroup, removed: Sequence[int]) -> float | None:
+    """Return what the scores say is lost with some channels of a group; None where they are in no common unit."""
+    return sum(scores.groups[group.name][channel] for channel in removed) if scores.comparable else None
+
+
+def sensitivity(
+    couplings: Sequence[Coupling], scores: Scores, shares: Sequence[float]
+) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Return per group (channels removed, predicted loss) where about each of some shares has left, cheapest first.
+
+    Raises:
+        UsageError: The criterion's scores are in no common unit.
+    """
+    if not scores.comparable:
+        raise UsageError(
+            f"criterion '{scores.criterion}' ranks channels within a group only; take excitation, gate-obs, "
+            "gate-energy or gate-fisher to compare groups."
+        )
+    curves: dict[str, tuple[tuple[int, float], ...]] = {}
+    for coupling in couplings:
+        group = coupling.group
+        if not group.prunable:
+            continue
+        ordered = sorted(_units(scores.groups[group.name], group))
+        losses = [0.0, *(group.tied * value for value in itertools.accumulate(ordered))]
+        counts = [min(round(share * group.channels / group.tied), len(ordered)) for share in shares]
+        curves[group.name] = tuple((n * group.tied, losses[n]) for n in counts)
+    return curves
+
+
 def _units(values: Sequence[float], group: ChannelGroup) -> list[float]:
     """Return the mean score of the channels that leave together, per unit."""
     return [sum(values[channel] for channel in unit) / group.tied for unit in group.together]
@@ -338,7 +368,14 @@ def _plan(
             leads=problem.leader[number] is not None,
         )
         plans.append(
-            GroupPlan(name=group.name, kind=group.kind, channels=group.channels, removed=removed, note=note)
+            GroupPlan(
+                name=group.name,
+                kind=group.kind,
+                channels=group.channels,
+                removed=removed,
+                note=note,
+                predicted_loss=predicted_loss(scores, group, removed),
+            )
         )
     return Plan(
         criterion=scores.criterion,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
-import re
 import tomllib
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from se_prune.errors import SePruneError, UsageError, nearest
-from se_prune.records import Budget, HiddenPolicy, RepairMode, StepShape
+from se_prune.records import Budget, HiddenPolicy, RepairMode
+from se_prune.schedule import StepShape
 from se_prune.schema import FORBID_EXTRA, from_dict, record
-from se_prune.settings import MAX_BAD_IMAGES, TrainSettings
+from se_prune.settings import MAX_BAD_IMAGES, SearchTable, TrainSettings
 
 FINETUNE_DEFAULTS: dict[str, Any] = {"epochs": 2, "lr": 0.02, "warmup": 0.1}
 BUNDLED = Path(__file__).parent / "_recipes"
@@ -95,6 +93,7 @@ class RunRecipe:
         model: The table `[model]`.
         data: The data set, as `--data` takes it; the command line's `--data` comes first.
         apply: The table `[apply]`.
+        search: The table `[search]`, in place of a budget in `[apply]`.
         finetune: The table `[finetune]`; without it nothing is trained.
         export: Formats that the pruned network is written in, such as `onnx`.
         name: Title of the report.
@@ -108,7 +107,8 @@ class RunRecipe:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     model: ModelTable
     data: str | None = None
-    apply: ApplyTable
+    apply: ApplyTable = ApplyTable()
+    search: SearchTable | None = None
     finetune: TrainSettings | None = None
     export: tuple[str, ...] = ()
     name: str | None = None
@@ -203,6 +203,27 @@ def table_budget(table: ApplyTable, *, folds: bool = False) -> Budget:
     )
 
 
+def with_budget(table: ApplyTable, budget: Budget | None) -> ApplyTable:
+    """Return an `[apply]` table with this budget, and no other."""
+    values: dict[str, Any] = dict.fromkeys(("sparsity", "macs", "params", "latency", "latency_ms"))
+    return replace(table, **(values | ({} if budget is None else {budget.kind: budget.value})))
+
+
+def check_search(search: SearchTable, table: ApplyTable, what: str) -> None:
+    """Check a `[search]` table.
+
+    Raises:
+        UsageError: A value is out of range, or there is a budget as well.
+    """
+    if with_budget(table, None) != table:
+        raise UsageError(f"{what}: give a budget or max_drop, not both.")
+    for name, (least, most) in SEARCH_LIMITS.items():
+        if not least <= getattr(search, name) <= most:
+            raise UsageError(
+                f"{what}: {name} must be at least {least} and at most {most}, got {getattr(search, name)}."
+            )
+
+
 def parse_round_to(text: str) -> int | Literal["auto"]:
     """Read `--round-to`: a number, or `auto`.
 
@@ -242,6 +263,9 @@ def check_run(recipe: RunRecipe, what: str) -> None:
         UsageError: A value is out of range, or keys do not go together.
     """
     table = recipe.apply
+    if recipe.search is not None:
+        check_search(recipe.search, table, what)
+        table = with_budget(table, Budget(kind="macs", value=recipe.search.least))
     budget = table_budget(table, folds=str(table.fold_gates) not in {"none", "0"})
     if recipe.finetune is not None:
         _check_ranges(recipe.finetune, f"[finetune] of {what}")
@@ -256,6 +280,11 @@ def check_run(recipe: RunRecipe, what: str) -> None:
         raise UsageError(
             f"{what}: {table.steps} steps need as many epochs of fine-tuning at least, got {recipe.finetune.epochs}; "
             "raise epochs, or take fewer steps."
+        )
+    if recipe.finetune is not None and recipe.finetune.group_lasso and table.steps == 1:
+        raise UsageError(
+            f"{what}: group_lasso makes channels ready for the next cut, and a run in one step has none; raise steps, "
+            "or leave it out."
         )
 
 
@@ -284,13 +313,21 @@ def _checked(cls: type[Any], values: dict[str, Any], what: str) -> Any:
         raise UsageError(str(error)) from error
 
 
+#: The least and the largest value of keys of `SearchTable`.
+SEARCH_LIMITS: dict[str, tuple[float, float]] = {
+    "max_drop": (0.0, 100.0),
+    "confidence": (0.5, 0.999),
+    "held_out": (0.001, 0.5),
+    "least": (0.001, 0.99),
+    "tolerance": (0.001, 0.5),
+}
 #: The least and the largest value of keys of `TrainSettings`; all must be finite.
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate"), (1, math.inf)),
     **dict.fromkeys(
         ("crop_padding", "weight_decay", "clip_norm", "ema_bn_images", "rand_augment"), (0, math.inf)
     ),
-    **dict.fromkeys(("mixup", "cutmix", "distill_features", "patience"), (0, math.inf)),
+    **dict.fromkeys(("mixup", "cutmix", "distill_features", "group_lasso", "patience"), (0, math.inf)),
     "lr": (0.0, math.inf),
     "distill_temperature": (1e-3, math.inf),
     "rand_augment_magnitude": (0, 10),
@@ -299,6 +336,7 @@ LIMITS: dict[str, tuple[float, float]] = {
         ("momentum", "warmup", "label_smoothing", "ema_decay", "flip", "erase", "distill_weight", "mix_prob"),
         (0, 1),
     ),
+    "group_lasso_ramp": (0, 1),
 }
 
 
@@ -327,64 +365,3 @@ def _check_pairs(settings: TrainSettings, what: str) -> None:
             f"{what}: distill_features reads the gates while the network runs, which a compiled one does not "
             "allow; leave out compile."
         )
-
-
-def key_texts(cls: type[Any]) -> dict[str, str]:
-    """Return what the docstring of a record says of each of its fields."""
-    _, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-    texts: dict[str, str] = {}
-    name = ""
-    for line in attributes.partition("\n\n")[0].splitlines():
-        started = re.match(r" {4}(\w+): (.*)", line)
-        if started:
-            name, texts[started[1]] = started[1], started[2]
-        elif name:
-            texts[name] += f" {line.strip()}"
-    return texts
-
-
-def key_reference() -> str:
-    """Return the reference of every recipe key as Markdown: its values, its default and its meaning."""
-    tables: tuple[tuple[str, type[Any], str, dict[str, Any]], ...] = (
-        ("Keys above all tables", RunRecipe, "of `se-prune run`", {}),
-        ("[model]", ModelTable, "of `se-prune run`", {}),
-        ("[apply]", ApplyTable, "of `se-prune run`", {}),
-        ("[train]", TrainSettings, "of `se-prune train`", {}),
-        ("[finetune]", TrainSettings, "of `se-prune run` and `se-prune finetune`", FINETUNE_DEFAULTS),
-    )
-    parts = [
-        "# Recipe keys\n\nMade by `se-prune run --keys`. A recipe is a TOML file; unknown keys are refused.\n"
-    ]
-    for title, cls, where, other in tables:
-        parts.append(f"\n## {title}\n\nIn recipes {where}.\n")
-        if title == "[finetune]":
-            differ = ", ".join(f"{key} = {value}" for key, value in other.items())
-            parts.append(f"\nThe keys of `[train]`, with other defaults: {differ}.\n")
-            continue
-        parts.append("\n| key | values | default | meaning |\n|---|---|---|---|\n")
-        texts, hints = key_texts(cls), get_type_hints(cls)
-        for item in dataclasses.fields(cls):
-            default = item.default if item.default is not dataclasses.MISSING else "required"
-            row = (f"`{item.name}`", _values(hints[item.name]), _shown(default), texts[item.name])
-            parts.append(f"| {' | '.join(row)} |\n")
-    return "".join(parts)
-
-
-def _values(hint: Any) -> str:
-    """Return a type as a recipe's writer sees it."""
-    if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(hint))
-    if dataclasses.is_dataclass(hint):
-        return "table"
-    if get_origin(hint) is tuple:
-        return f"list of {_values(get_args(hint)[0])}"
-    parts = [part for part in get_args(hint) if part is not type(None)]
-    if parts:
-        return " or ".join(_values(part) for part in parts)
-    return {str: "text", int: "whole number", float: "number", bool: "true, false"}[hint]
-
-
-def _shown(default: Any) -> str:
-    if default is None or default == ():
-        return "none"
-    return f"`{str(default).lower()}`" if isinstance(default, bool) else str(default)

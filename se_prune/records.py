@@ -114,10 +114,9 @@ GroupKind = Literal["gated", "stream", "inner", "hidden"]
 RepairMode = Literal["refit", "bn", "none"]
 #: Hidden units leave by their own scores, in proportion to the channels that they gate, or not at all.
 HiddenPolicy = Literal["prune", "tie", "keep"]
-#: How the steps of a cut share what leaves: alike, most of it first, or the same share of what is left each time.
-StepShape = Literal["linear", "cubic", "geometric"]
-#: What stands where an SE block was: nothing, or a depthwise 1×1 convolution.
-FoldKind = Literal["identity", "scale"]
+#: What stands where an SE block was: nothing, or a depthwise 1×1 convolution. Where its multiply could not be taken
+#: out: a constant in place of its last layer, and nothing in place of its first, which is not used any more.
+FoldKind = Literal["identity", "scale", "constant", "unused"]
 
 
 @record
@@ -267,7 +266,11 @@ class Budget:
 
 @record
 class GroupPlan:
-    """What leaves one group, and why no more of it does (`note`)."""
+    """What leaves one group, and why no more of it does (`note`).
+
+    `predicted_loss` is the sum of the scores of what leaves, where the criterion's scores are in one unit (a share of
+    the recalibrated signal): comparable across groups, from the statistics alone.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     name: str
@@ -275,6 +278,7 @@ class GroupPlan:
     channels: int
     removed: tuple[int, ...]
     note: str | None = None
+    predicted_loss: float | None = None
 
 
 @record

@@ -238,6 +238,56 @@ class Exported:
 
 
 @record
+class Drop:
+    """Top-1 that one network loses against another on the same `n` images, a fraction; negative where it gains.
+
+    `ci95` is the two-sided 95 % interval, `upper` the end of the one-sided one at the level that was asked for.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    n: int
+    drop: float
+    ci95: tuple[float, float]
+    upper: float
+
+
+@record
+class Try:
+    """One network of a search: the fraction of the MACs that it was to keep and kept, and its drop on held-out images.
+
+    `refused` is the sentence that says why there is none.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    budget: float
+    macs: float | None = None
+    drop: Drop | None = None
+    keeps: bool = False
+    refused: str | None = None
+
+
+@record
+class MaxDrop:
+    """What a search for the smallest network within `max_drop` (a fraction) came to.
+
+    Tries are decided on images held out of the split `images`; `proof` is the final network's drop on test images that
+    no decision has seen. What counts of a drop is its upper end at the level `confidence`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    max_drop: float
+    confidence: float
+    images: Literal["train", "test"]
+    tries: tuple[Try, ...]
+    proof: Drop
+
+    @property
+    def kept(self) -> bool:
+        """Whether the final network keeps the drop on the test images."""
+        return self.proof.upper <= self.max_drop
+
+
+@record
 class Run:
     """All that a report shows of one compression run.
 
@@ -269,6 +319,7 @@ class Run:
     sites: tuple[SiteSummary, ...] = ()
     profiles: tuple[GateProfile, ...] = ()
     exported: tuple[Exported, ...] = ()
+    max_drop: MaxDrop | None = None
     labels: tuple[int, ...] = ()
     parts: dict[str, str] = field(default_factory=dict)
     operations: tuple[tuple[OperationTime, ...], tuple[OperationTime, ...]] | None = None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from se_prune.errors import SurgeryError
-from se_prune.records import Budget, GroupPlan, Plan, StepShape
+from se_prune.records import Budget, GroupPlan, Plan
+
+#: How the steps of a cut share what leaves: alike, most of it first, or the same share of what is left each time.
+StepShape = Literal["linear", "cubic", "geometric"]
 
 
 def kept_after(shape: StepShape, kept: float, steps: int) -> tuple[float, ...]:

@@ -49,6 +49,10 @@ class TrainSettings:
         distill_temperature: Softens both outputs.
         distill_features: Weight of the squared distance of the recalibrated features at the gates, relative to the
             teacher's energy there; 0 for none.
+        group_lasso: Strength of a penalty that makes channels ready to leave: the sum, over the channels that can be
+            cut, of the norm of what scales each (BN factors and the rows of its gate together). In a run of several
+            steps the last one has none.
+        group_lasso_ramp: Share of the steps of training over which that strength rises from zero.
         held_out: Share of the training images that is not trained on, and measures each epoch.
         patience: Epochs without a better top-1 on held-out images after which training stops; 0 to go on.
         keep: The weights of the `last` epoch, or of the `best` one on held-out images.
@@ -84,7 +88,36 @@ class TrainSettings:
     distill_weight: float = 0.7
     distill_temperature: float = 2.0
     distill_features: float = 0.0
+    group_lasso: float = 0.0
+    group_lasso_ramp: float = 0.5
     held_out: float = 0.0
     patience: int = 0
     keep: Literal["last", "best"] = "last"
     track: tuple[Tracker, ...] = ()
+
+
+@record
+class SearchTable:
+    """`[search]`: find the smallest network that keeps a drop, by bisection over the MACs; stands in place of a budget.
+
+    Attributes:
+        max_drop: Points of top-1 that may be lost at most, such as 0.5.
+        confidence: How sure it must be that no more is lost: what counts is the upper end of the one-sided interval
+            of the drop at this level, from pairs of answers to the same images; 0.5 takes the drop as measured.
+        images: What the search decides on: images held out of the training ones (`train`), which flatter a dense
+            network that was trained on them, so that more is kept than need be; or a part of the test images (`test`),
+            which the proof at the end then leaves out.
+        held_out: Share of those images; no try is measured, repaired or fine-tuned on them. The network that is found
+            is then made anew, with all training images.
+        least: The smallest fraction of the MACs that is tried.
+        tolerance: The search ends where the smallest fraction that keeps the drop, and the largest that does not, are
+            no further apart.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    max_drop: float
+    confidence: float = 0.8
+    images: Literal["train", "test"] = "train"
+    held_out: float = 0.2
+    least: float = 0.05
+    tolerance: float = 0.03

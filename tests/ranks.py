@@ -21,7 +21,7 @@ from se_prune import distributed
 from se_prune.data.folders import FolderImages
 from se_prune.data.raw import FileImages
 from se_prune.data.source import readable, shared_batches
-from se_prune.errors import Interrupted, UsageError
+from se_prune.errors import BudgetError, Interrupted, UsageError
 from se_prune.evaluate import evaluate
 from se_prune.files import write_text
 from se_prune.gates.energies import collect_energies
@@ -177,6 +177,19 @@ def refused(settings: TrainSettings) -> str:
     return "trained"
 
 
+def failing_in_main() -> str:
+    """Return what all processes hear of a budget that only the main one looks at."""
+
+    def refuse() -> None:
+        raise BudgetError("the main process refused.")
+
+    try:
+        distributed.from_main(refuse)
+    except BudgetError as error:
+        return str(error)
+    return "went on"
+
+
 def prefixed(title: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{title}: {name}": value.contiguous().clone() for name, value in values.items()}
 
@@ -195,6 +208,7 @@ def main(folder: Path) -> None:
     notes |= {
         "odd": refused(replace(PLAIN, batch_size=25)),
         "pairs": refused(replace(PLAIN, batch_size=26, mixup=1.0)),
+        "budget": failing_in_main(),
         "record": asdict(distributed.record_from_main(Preprocessing, lambda: GREY)),
     }
     write_text(folder / "once.txt", f"written by process {distributed.rank()}")

@@ -45,9 +45,16 @@ def costs(before: Cost, after: Cost) -> Table:
 
 
 def plan_rows(plan: Plan) -> Table:
-    """Return channels kept per group, and why no more leave."""
-    return ["group", "kind", "channels", "kept", "why no more leave"], [
-        [g.name, g.kind, str(g.channels), str(g.channels - len(g.removed)), g.note or ""]
+    """Return channels kept per group, what the scores say is lost with the others, and why no more leave."""
+    return ["group", "kind", "channels", "kept", "predicted loss", "why no more leave"], [
+        [
+            g.name,
+            g.kind,
+            str(g.channels),
+            str(g.channels - len(g.removed)),
+            "" if g.predicted_loss is None else text.percent(g.predicted_loss, 2),
+            g.note or "",
+        ]
         for g in (*plan.groups, *plan.refused)
     ]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from se_prune import text
-from se_prune.records import StepShape
+from se_prune.schedule import StepShape
 from se_prune_cli.exported import checked
 from se_prune_cli.output import Output, Progressed
 from se_prune_cli.tables import accuracy, costs, site_rows
@@ -23,6 +23,13 @@ Steps = Annotated[
     ),
 ]
 Shape = Annotated[StepShape | None, typer.Option(help="What leaves in each of the steps.")]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Points of top-1: find the smallest network that loses no more, in place of the recipe's budget; exit "
+        "code 3 where the last one loses more."
+    ),
+]
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -42,9 +49,12 @@ def run_and_show(
     **options: Any,
 ) -> None:
     """Run a recipe into a folder and print its tables; options that are given come before its keys."""
+    from se_prune.errors import NotKept
     from se_prune.pipeline import run_recipe
     from se_prune.recipe import find_recipe, read_run
+    from se_prune.report import search
     from se_prune.report.sections import verdict
+    from se_prune.schema import to_dict
 
     chosen, told = _overridden(read_run(find_recipe(recipe)), given(seed=seed, **options))
     command = f"{command}{told}"
@@ -67,6 +77,10 @@ def run_and_show(
             f"{item.target}: {item.output}, {text.file_size(item.bytes)}, {checked(item)}",
             highlight=False,
         )
+    if run.max_drop is not None:
+        found = search.tries(run.max_drop)
+        out.table(found.caption, list(found.head), [list(row) for row in found.rows])
+        out.console.print(search.sentence(run.max_drop), highlight=False)
     out.console.print(f"report: {outcome.files['report']}", highlight=False)
     dense_top1, final = run.stages[0].evaluation.top1, run.stages[-1].evaluation.top1
     out.document(
@@ -79,7 +93,10 @@ def run_and_show(
             "max_abs_diff_masked": run.max_abs_diff_masked,
             "files": {name: str(path) for name, path in outcome.files.items()},
         }
+        | ({} if run.max_drop is None else {"max_drop": to_dict(run.max_drop) | {"kept": run.max_drop.kept}})
     )
+    if run.max_drop is not None and not run.max_drop.kept:
+        raise NotKept(f"{search.sentence(run.max_drop)}; the files are in {folder}.")
 
 
 def _overridden(recipe: RunRecipe, options: dict[str, Any]) -> tuple[RunRecipe, str]:
@@ -87,7 +104,17 @@ def _overridden(recipe: RunRecipe, options: dict[str, Any]) -> tuple[RunRecipe, 
     from dataclasses import replace
 
     from se_prune.data.source import reference_name
+    from se_prune.recipe import with_budget
+    from se_prune.settings import SearchTable
 
+    if "max_drop" in options:
+        found = recipe.search
+        search = (
+            SearchTable(max_drop=options["max_drop"])
+            if found is None
+            else replace(found, max_drop=options["max_drop"])
+        )
+        recipe = replace(recipe, search=search, apply=with_budget(recipe.apply, None))
     of_apply = {name: options[name] for name in ("steps", "shape") if name in options}
     others = {name: options[name] for name in ("seed", "data", "workers") if name in options}
     shown = {name: value for name, value in options.items() if name != "workers"}

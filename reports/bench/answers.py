@@ -19,18 +19,22 @@ def right(network: Any, data: Any) -> str:
     from se_prune.pipeline import assess
 
     result = assess(network, data, device=torch.device("cpu"))[1]
-    hits = np.array(result.predictions) == data.test.labels.numpy()
-    return base64.b85encode(np.packbits(hits).tobytes()).decode()
+    return bits(np.array(result.predictions) == data.test.labels.numpy())
 
 
-def images(bits: str) -> Answers:
+def bits(right: Any) -> str:
+    """Return which images are right (N,), one bit each, in base 85."""
+    return base64.b85encode(np.packbits(np.asarray(right)).tobytes()).decode()
+
+
+def images(text: str) -> Answers:
     """Return 1.0 per test image that was right; the count of images is a multiple of 8."""
-    return np.unpackbits(np.frombuffer(base64.b85decode(bits), dtype=np.uint8)).astype(np.float64)
+    return np.unpackbits(np.frombuffer(base64.b85decode(text), dtype=np.uint8)).astype(np.float64)
 
 
-def top1(bits: str) -> float:
+def top1(text: str) -> float:
     """Return the share of test images that were right."""
-    return float(images(bits).mean())
+    return float(images(text).mean())
 
 
 def paired_p(differences: Sequence[Answers]) -> float:

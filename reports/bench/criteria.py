@@ -222,8 +222,8 @@ def _head() -> str:
     text = (
         "# Criteria at equal MACs\n\n"
         "Top-1 on the 10,000 test images, mean ± standard deviation over seeds (which choose the training images that "
-        "are measured, and the order of fine-tuning). Same plan solver, same repair (least squares on 1,024 images, BN "
-        f"on 2,048), same fine-tune ({SETTINGS['epochs']} epochs on the bundled 12,000 images, distilled from the "
+        "are measured, and the order of fine-tuning). Same plan solver, same repair (least squares and BN on 2,048 "
+        f"images), same fine-tune ({SETTINGS['epochs']} epochs on the bundled 12,000 images, distilled from the "
         "dense network). torch-pruning: its `MagnitudePruner` with group L2 norms, one ratio in every layer (local) or "
         "one threshold (global), at the ratio that leaves as many MACs; it has no repair, and is fine-tuned as it is. "
         "p: paired test over the test images (the mean over seeds of right or wrong, against `excitation`; two-sided "

@@ -47,7 +47,7 @@ from se_prune.training.loop import StepLog
 COMMAND = "python -m reports.bench distributed"
 CPU = torch.device("cpu")
 ROWS = FOLDER / "distributed.jsonl"
-ROUNDS, IMAGES, MEASURED = 9, 1024, 2048
+ROUNDS, IMAGES, MEASURED = 7, 640, 1000
 EXACT, FASTER = 1e-12, 1.6
 #: Share of the cores that other work may take in a round, unless there are fewer than so many of these.
 QUIET, ENOUGH = 0.05, 5

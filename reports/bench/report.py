@@ -28,9 +28,9 @@ from se_prune.schema import from_json, to_json
 from se_prune.zoo import registry
 
 BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-TRAIN, TEST = 3000, 3000
+TRAIN, TEST = 500, 500
 #: Each page is built and opened so often.
-TIMES = 5
+TIMES = 3
 #: Images on which the gates of an SE-ResNet-50 are measured, for a page as large as it may become.
 WIDE_IMAGES = 64
 RECORDS = FOLDER.parent / "runs" / "report"
@@ -107,8 +107,7 @@ def _run(name: str, budget: float, data: str, folder: Path) -> Run:
         model=ModelTable(ref=f"zoo:{name}", pretrained=True),
         data=data,
         apply=ApplyTable(macs=budget, round_to=4, criterion="gate-energy", repair="bn"),
-        export=("onnx",),
-        latency_rounds=20,
+        latency_rounds=10,
     )
     return run_recipe(recipe, folder, command="python -m reports.bench report").run
 
@@ -186,7 +185,7 @@ def _write(rows: list[dict[str, Any]], program: str) -> None:
     body = f"""# A report of twelve compared runs
 
 Both bundled networks at {kept} of their MACs (criterion `gate-energy`, BN recalibration, no
-training, {TRAIN:,} training and {TEST:,} test images), exported and timed: twelve records of real runs, kept in
+training, {TRAIN:,} training and {TEST:,} test images), timed in torch: twelve records of real runs, kept in
 `runs/report`. A page is built {TIMES} times (HTML, Markdown and JSON) and opened {TIMES} times in headless Chromium
 without a GPU; the first frame is the second animation frame after the load event. The second page has the gates of
 an SE-ResNet-50 with random weights (15,104 channels, measured on {WIDE_IMAGES} images of 64×64) in each of the twelve

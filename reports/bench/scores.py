@@ -37,17 +37,18 @@ from se_prune.scoring import Evidence, score
 Variant = tuple[str, bool, float, HiddenPolicy]
 #: (criterion, with the measured gates or with gates of 1, exponent of the MACs, what hidden units do)
 VARIANTS: tuple[Variant, ...] = (
-    ("gate-mean", True, 0.75, "tie"),
-    ("gate-fisher", True, 0.75, "tie"),
-    ("gate-energy", True, 0.75, "tie"),
-    ("gate-obs", True, 0.75, "tie"),
-    ("excitation", True, 0.75, "tie"),
-    ("excitation", False, 0.75, "tie"),
+    ("gate-mean", True, 1.0, "tie"),
+    ("gate-fisher", True, 1.0, "tie"),
+    ("gate-energy", True, 1.0, "tie"),
+    ("gate-obs", True, 1.0, "tie"),
+    ("excitation", True, 1.0, "tie"),
+    ("excitation", False, 1.0, "tie"),
     ("excitation", True, 0.0, "tie"),
     ("excitation", True, 0.5, "tie"),
-    ("excitation", True, 1.0, "tie"),
-    ("excitation", True, 0.75, "prune"),
-    ("excitation", True, 0.75, "keep"),
+    ("excitation", True, 0.75, "tie"),
+    ("excitation", True, 1.25, "tie"),
+    ("excitation", True, 1.0, "prune"),
+    ("excitation", True, 1.0, "keep"),
 )
 KEPT = (0.5, 0.3)
 IMAGES = 8000
@@ -72,7 +73,7 @@ def _rows(network: Network, data: DataSource, variants: list[Variant]) -> Iterat
     assert isinstance(order, TensorImages)
     held_out = order.take(torch.arange(MEASURED_IMAGES, MEASURED_IMAGES + IMAGES))
     found, full = structure(network), planning.COST_POWER
-    evidence = _evidence(network, data, found, device) if variants else None
+    evidence = evidence_of(network, data, found, device) if variants else None
     for criterion, gates, power, hidden in variants:
         assert evidence is not None
         have = evidence if gates else dataclasses.replace(evidence, statistics=None)
@@ -91,7 +92,8 @@ def _rows(network: Network, data: DataSource, variants: list[Variant]) -> Iterat
         yield {"criterion": criterion, "gates": gates, "power": power, "hidden": hidden, "top1": top1}
 
 
-def _evidence(network: Network, data: DataSource, found: Structure, device: torch.device) -> Evidence:
+def evidence_of(network: Network, data: DataSource, found: Structure, device: torch.device) -> Evidence:
+    """Return what criteria may read, measured as `apply` measures it."""
     statistics = analyze(network, data, device=device, images=MEASURED_IMAGES)
     subset = balanced_subset(data.train, MEASURED_IMAGES, 0)
     return Evidence(

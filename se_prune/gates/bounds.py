@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from se_prune.gates.ops import BROADCASTS, SOFTMAX, VIEWS, base
 from se_prune.gates.trace import Node
 
 Bounds = tuple[float, float]
+Known = Sequence[Bounds] | Mapping[int, Bounds]
 ANY: Bounds = (-math.inf, math.inf)
 
 
@@ -40,7 +41,7 @@ BETWEEN = VIEWS | BROADCASTS | {
 }  # fmt: skip
 
 
-def bounds_of(node: Node, known: Sequence[Bounds]) -> Bounds:
+def bounds_of(node: Node, known: Known) -> Bounds:
     """Return an interval that holds the node's values; every real number where nothing is known.
 
     Args:
@@ -82,7 +83,7 @@ def _clipped(node: Node, bounds: Bounds) -> Bounds:
     return (low, high)
 
 
-def _operand(node: Node, position: int, known: Sequence[Bounds]) -> Bounds:
+def _operand(node: Node, position: int, known: Known) -> Bounds:
     index = node.operands[position]
     if index is not None:
         return known[index]

@@ -20,7 +20,7 @@ from se_prune import distributed
 #: Patches of a convolution that are unfolded at a time, in elements.
 PATCH_ELEMENTS = 1 << 24
 #: Positions of an image that are taken, spread at random; neighbouring ones say almost the same.
-POSITIONS = 128
+POSITIONS = 64
 #: Layers that read more have no Gram matrix taken: it would need gigabytes.
 MAX_INPUTS = 8192
 LAYER_TYPES = (nn.Conv2d, nn.Linear)

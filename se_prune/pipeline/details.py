@@ -345,16 +345,21 @@ def _encoded(image: torch.Tensor) -> dict[str, Any]:
 
 
 def hashes(data: DataSource, files: Iterable[Path]) -> dict[str, str]:
-    """Return SHA-256 of files, by name, and of both splits of the data.
+    """Return SHA-256 of files, by name, and of both splits of the data; a folder is hashed as its files, one by one.
 
     A split held in memory is hashed by its pixels and labels, one of image files by their names and labels, any other
     by its labels.
     """
-    found = {path.name: _of_file(path) for path in files}
+    whole = [(path, part) for path in files for part in (_inside(path) if path.is_dir() else (path,))]
+    found = {part.relative_to(path.parent).as_posix(): _of_file(part) for path, part in whole}
     for name, split in (("training", data.train), ("test", data.test)):
         what, digest = _of_split(split)
         found[f"{name} {what}"] = digest
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _of_file(path: Path) -> str:

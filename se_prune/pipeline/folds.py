@@ -55,6 +55,15 @@ def outlook(network: Network, statistics: Statistics) -> Outlook:
 def _saving(
     site: GateSite, way: Way, modules: Mapping[str, nn.Module], macs: Mapping[str, int], loss: float
 ) -> Saving:
+    if way.kind == "constant":
+        layers = [name for name in (way.owner, way.unused) if name is not None]
+        return Saving(
+            sites=(site.name,),
+            params=sum(p.numel() for name in layers for p in modules[name].parameters()) - way.channels,
+            macs=sum(macs.get(name, 0) for name in layers),
+            operations=way.operations,
+            predicted_loss=loss,
+        )
     left = way.channels if way.kind == "scale" else 0
     gone = sum(macs.get(layer, 0) for layer in (site.reduce, site.expand) if layer is not None)
     return Saving(
@@ -116,16 +125,19 @@ def without_folded(
         return found.couplings, dict(costs)
     ways = find_ways(network.module, found.example, folded).found
     owners = tuple(f"{way.owner}." for way in ways.values())
-    left = {name: cost for name, cost in costs.items() if not name.startswith(owners)}
-    scales = {site.expand: ways[site.name] for site in folded if ways[site.name].kind == "scale"}
+    unused = {way.unused for way in ways.values()}
+    left = {n: cost for n, cost in costs.items() if not n.startswith(owners) and n not in unused}
+    scales = {
+        site.expand: ways[site.name] for site in folded if ways[site.name].kind in {"scale", "constant"}
+    }
     for way in scales.values():
-        size = way.channels
+        size, multiplies = way.channels, way.kind == "scale"
         left[way.owner] = LayerCost(
             in_channels=size,
             out_channels=size,
-            weights=size,
-            biases=0,
-            macs=size * way.positions,
+            weights=size if multiplies else 0,
+            biases=0 if multiplies else size,
+            macs=size * way.positions if multiplies else 0,
             channelwise=True,
         )
     hidden = {site.reduce for site in folded}
@@ -139,7 +151,7 @@ def without_folded(
 
 
 def _moved(piece: LayerSlice, scales: Mapping[str | None, Way]) -> LayerSlice:
-    """Let the convolution that takes a block's place have the channels that `expand` had."""
+    """Let what takes a block's place, or its last layer's, have the channels that `expand` had."""
     way = scales.get(piece.layer) if piece.role == "out" else None
     return piece if way is None else replace(piece, layer=way.owner, role="channelwise")
 

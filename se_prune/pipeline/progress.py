@@ -14,7 +14,7 @@ from se_prune.files import make_folder, remove_folder, write_text
 from se_prune.pipeline.jobs import Applied
 from se_prune.recipe import RunRecipe
 from se_prune.records import Cost, Plan
-from se_prune.results import StageResult
+from se_prune.results import StageResult, Try
 from se_prune.schema import FORBID_EXTRA, SCHEMA_VERSION, from_json, record, to_json
 from se_prune.training.state import fingerprint
 
@@ -40,7 +40,7 @@ class RunProgress:
     """The stages of a run that are finished; `statistics` says that those in the run's folder are its own.
 
     `cuts` holds a record per step that is cut and repaired; `tuned` steps are fine-tuned, the last of them in
-    `tuned_seconds`.
+    `tuned_seconds`. `tries` are those of a search that are decided.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
@@ -51,6 +51,7 @@ class RunProgress:
     cuts: tuple[CutRecord, ...] = ()
     tuned: int = 0
     tuned_seconds: float = 0.0
+    tries: tuple[Try, ...] = ()
 
 
 class Progress:
@@ -64,7 +65,10 @@ class Progress:
         tuned = None if recipe.finetune is None else replace(recipe.finetune, track=())
         told = f"{__version__} {to_json(replace(recipe, finetune=tuned))}"
         mark = fingerprint(told, [data.train.labels, data.test.labels], [network.module])
-        self.record = self._known(mark) or RunProgress(fingerprint=mark)
+        known = self._known(mark)
+        if known is None:
+            remove_folder(self.folder)
+        self.record = known or RunProgress(fingerprint=mark)
         make_folder(self.folder)
 
     def _known(self, mark: str) -> RunProgress | None:
@@ -76,7 +80,7 @@ class Progress:
             known = from_json(RunProgress, text, what=str(path))
         except SePruneError as error:
             raise CheckpointError(f"{error} Start again with --no-resume.") from error
-        if known.fingerprint != mark and not known.cuts:
+        if known.fingerprint != mark and not known.cuts and not known.tries:
             return None  # little is lost
         if known.fingerprint != mark:
             raise CheckpointError(

@@ -16,8 +16,8 @@ from se_prune.schema import to_dict
 from se_prune.surgery.refit import HELD_OUT, refit
 from se_prune.surgery.repair import recalibrate_bn, recalibrate_where_nearer
 
-#: Images that least squares is fitted on; BN statistics take all that are measured.
-REFIT_IMAGES = 1024
+#: Images that least squares is fitted on, at most; many with few positions of each do better than few with many.
+REFIT_IMAGES = 2048
 
 
 def repair_network(
@@ -51,6 +51,7 @@ def repair_network(
             split=fitted,
             preprocessing=preprocessing,
             device=device,
+            sites=found.sites,
             changed=layers_after_folds(dense.module, found, chosen),
             on_images=update,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from se_prune.cost import bytes_of
 from se_prune.data import DataSource, open_data
 from se_prune.device import choose_device
 from se_prune.errors import UsageError
-from se_prune.evaluate import paired
+from se_prune.evaluate import drop, paired
 from se_prune.export import export, require_target, suffix_of
 from se_prune.files import make_folder, require_shared, write_text
 from se_prune.folding import parse_request
@@ -28,14 +28,17 @@ from se_prune.pipeline.classes import for_classes
 from se_prune.pipeline.exporting import real_images
 from se_prune.pipeline.latency import Timing, first_rounding, resolve_rounding
 from se_prune.pipeline.progress import Progress
+from se_prune.pipeline.search import of_budget, parted, smallest
 from se_prune.pipeline.steps import Course, compress_in_steps
 from se_prune.planning import check_budget, check_ranges
-from se_prune.recipe import RunRecipe, check_run, table_budget
+from se_prune.recipe import RunRecipe, check_run, table_budget, with_budget
+from se_prune.records import Budget
 from se_prune.report import card, write_report
-from se_prune.results import Exported, Latency, Run
+from se_prune.results import Evaluation, Exported, Latency, MaxDrop, Run
 from se_prune.runtimes.ort import open_file
 from se_prune.schema import to_json
 from se_prune.scoring.registry import find
+from se_prune.settings import SearchTable
 from se_prune.zoo.registry import shown
 
 #: Training images on which an export is checked, spread over the classes.
@@ -80,39 +83,17 @@ def run_recipe(
 
     Raises:
         SePruneError: Whatever a stage refuses; files of finished stages stay.
+        NotKept: No network of a search keeps the drop; where the last one fails its proof, the record says so.
         CheckpointError: The folder holds a stopped run of another recipe.
     """
     show = reporter or measure.Silent()
-    check_run(recipe, "the recipe")
-    folds = parse_request(recipe.apply.fold_gates, recipe.apply.fold_tolerance)
-    budget = table_budget(recipe.apply, folds=folds is not None)
-    check_ranges(budget, first_rounding(recipe.apply.round_to), recipe.apply.min_channels)
-    timing = Timing(runtime=recipe.apply.runtime, threads=recipe.apply.threads)
-    _require_known(recipe)
-    target = choose_device(device)
-    dense, data = _opened(recipe)
-    found = measure.structure(dense)
-    rounding = resolve_rounding(recipe.apply.round_to, dense, found, timing, show)
-    widths: dict[str, Any] = {"round_to": rounding, "min_channels": recipe.apply.min_channels}
-    if folds is None and not budget.timed:  # what is folded, and so what is left, is known after the analysis
-        costs = layer_costs(dense.module, found.cost.per_layer)
-        check_budget(found.couplings, costs, budget, **widths, hidden=recipe.apply.hidden)
-    make_folder(folder)
-    require_shared(folder)
-    progress = Progress(folder, recipe, dense, data, resume=resume)
-
-    course = Course(
-        recipe=recipe,
-        dense=dense,
-        found=found,
-        data=data,
-        statistics=None,
-        rounding=rounding,
-        progress=progress,
-        log=folder / "training.csv",
-        device=target,
-        show=show,
-    )
+    course = _course(recipe, folder, device=device, resume=resume, show=show)
+    search = recipe.search
+    if search is not None:
+        deciding, rest = parted(course.data, search, recipe.seed)
+        recipe = of_budget(recipe, smallest(replace(course, data=deciding), search))
+        course = replace(course, recipe=recipe, data=rest)
+    dense, found, data, target = course.dense, course.found, course.data, course.device
     first = course.evaluated("dense", dense, 0.0, found.cost.macs)
     course.statistics = gates = _statistics(course, folder, earlier=statistics)
     done = compress_in_steps(course)
@@ -129,7 +110,7 @@ def run_recipe(
         artifact.save(pruned := folder / "pruned.safetensors", network)
         artifact.save(folder / "dense.safetensors", dense)
         exported = _exports(network, recipe, folder, data, show)
-        written = [Path(item.output) for item in exported]
+        written = [Path(name) for item in exported for name in item.files or (item.output,)]
         latency = _latency(dense, network, data, folder, recipe=recipe, device=target, show=show)
         with show.stage("times of layers", None):
             runtime = "torch" if latency is None else latency[1].runtime
@@ -148,7 +129,7 @@ def run_recipe(
             bytes_before=bytes_of(folder / "dense.safetensors"),
             bytes_after=bytes_of(pruned),
             max_abs_diff_masked=done.max_abs_diff_masked,
-            stages=progress.record.stages,
+            stages=course.progress.record.stages,
             paired=paired(first, done.last, data.test),
             latency=latency,
             sites=() if gates is None else summarise(gates),
@@ -158,6 +139,7 @@ def run_recipe(
             parts=parts,
             operations=operations,
             **after,
+            max_drop=None if search is None else _proof(course, search, first, done.last),
             changed=details.changed_images(data.test, first, done.last),
             hashes=details.hashes(
                 data, (*_checkpoint(recipe), folder / "dense.safetensors", pruned, *written)
@@ -166,9 +148,10 @@ def run_recipe(
         write_text(folder / "run.json", to_json(run, indent=1))
         write_text(folder / "MODEL_CARD.md", card.render(card.of_run(run, network.header, pruned.name)))
         write_report([run], folder / "report.html")
-        progress.finish()
+        course.progress.finish()
         return run
 
+    distributed.barrier()  # the state, which goes in the end, is read by nobody any more
     run = distributed.record_from_main(Run, concluded)
     return RunOutcome(run=run, network=network, files=_files(run, folder))
 
@@ -191,6 +174,53 @@ def _checkpoint(recipe: RunRecipe) -> tuple[Path, ...]:
     """Return the file that the model came from, where it came from one."""
     path = Path(recipe.model.ref)
     return (path,) if path.is_file() else ()
+
+
+def _course(recipe: RunRecipe, folder: Path, *, device: str, resume: bool, show: measure.Reporter) -> Course:
+    """Check a recipe, open what it names, and see how far the run has come; its statistics are not there yet."""
+    check_run(recipe, "the recipe")
+    table, search = recipe.apply, recipe.search
+    folds = parse_request(table.fold_gates, table.fold_tolerance)
+    if search is not None:
+        table = with_budget(table, Budget(kind="macs", value=search.least))
+    budget = table_budget(table, folds=folds is not None)
+    check_ranges(budget, first_rounding(table.round_to), table.min_channels)
+    timing = Timing(runtime=table.runtime, threads=table.threads)
+    _require_known(recipe)
+    target = choose_device(device)
+    dense, data = _opened(recipe)
+    found = measure.structure(dense)
+    rounding = resolve_rounding(table.round_to, dense, found, timing, show)
+    # what is folded, and so what is left, is known after the analysis
+    if folds is None and not budget.timed and search is None:
+        costs = layer_costs(dense.module, found.cost.per_layer)
+        widths: dict[str, Any] = {"round_to": rounding, "min_channels": table.min_channels}
+        check_budget(found.couplings, costs, budget, **widths, hidden=table.hidden)
+    make_folder(folder)
+    require_shared(folder)
+    return Course(
+        recipe=recipe,
+        dense=dense,
+        found=found,
+        data=data,
+        statistics=None,
+        rounding=rounding,
+        progress=Progress(folder, recipe, dense, data, resume=resume),
+        log=folder / "training.csv",
+        device=target,
+        show=show,
+    )
+
+
+def _proof(course: Course, search: SearchTable, first: Evaluation, last: Evaluation) -> MaxDrop:
+    """Return what a search came to, with the drop on the test images."""
+    return MaxDrop(
+        max_drop=search.max_drop / 100,
+        confidence=search.confidence,
+        images=search.images,
+        tries=course.progress.record.tries,
+        proof=drop(first, last, course.data.test, search.confidence),
+    )
 
 
 def _require_known(recipe: RunRecipe) -> None:

@@ -183,7 +183,9 @@ def _tuned(course: Course, network: Network, step: int) -> tuple[Network, float]
     assert recipe.finetune is not None
     steps = recipe.apply.steps
     settings: TrainSettings = replace(
-        recipe.finetune, epochs=epochs_of(recipe.finetune.epochs, steps)[step - 1]
+        recipe.finetune,
+        epochs=epochs_of(recipe.finetune.epochs, steps)[step - 1],
+        group_lasso=recipe.finetune.group_lasso if step < steps else 0.0,  # no cut follows the last
     )
     of_step = "" if steps == 1 else f", step {step} of {steps}"
     name = f"{recipe.name or course.log.parent.name}{of_step}"

@@ -17,7 +17,8 @@ from se_prune.evaluate import evaluate
 from se_prune.gates.sites import find_sites
 from se_prune.pipeline.classes import like
 from se_prune.pipeline.features import match_features
-from se_prune.pipeline.measure import Reporter, Silent, matching, require_classes
+from se_prune.pipeline.measure import Reporter, Silent, matching, require_classes, structure
+from se_prune.pipeline.scales import scaled_groups
 from se_prune.preprocessing import example_input, with_preprocessing
 from se_prune.records import ArchSpec, ArtifactHeader, HistoryEntry
 from se_prune.results import Evaluation
@@ -82,6 +83,7 @@ def finetune(
         resume=resume,
         on_step=on_step,
         features=features,
+        scaled=scaled_groups(network, structure(network)) if settings.group_lasso else (),
     )
     details: dict[str, Any] = {
         "version": __version__,

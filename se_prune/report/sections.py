@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from se_prune import text
-from se_prune.report import changes, class_tables, figures, gate_sections, tables
+from se_prune.report import changes, class_tables, figures, gate_sections, search, tables
 from se_prune.report.content import Figure, Picture, Section, Tile
 from se_prune.results import Run
 
@@ -112,6 +112,7 @@ def of_run(run: Run, profile_chars: float | None) -> list[Section]:
     candidates = [
         _before_after(run),
         _stages(run),
+        _search(run),
         _costs(run),
         _channels(run),
         gate_sections.of_run(run, profile_chars),
@@ -175,6 +176,18 @@ def _stages(run: Run) -> Section | None:
             ),
         ),
         tables=(table,),
+    )
+
+
+def _search(run: Run) -> Section | None:
+    if run.max_drop is None:
+        return None
+    told = search.sentence(run.max_drop)
+    return Section(
+        key="search",
+        title="The smallest network within a drop",
+        paragraphs=(f"{told[0].upper()}{told[1:]}. Drops are in points; positive is a loss.",),
+        tables=(search.tries(run.max_drop),),
     )
 
 

@@ -26,6 +26,7 @@ from se_prune.gates.flow import positions
 from se_prune.gates.sites import find_sites
 from se_prune.gates.trace import Node, Trace, trace
 from se_prune.records import Coupling, FoldKind, GateSite, Plan
+from se_prune.surgery.constants import chain_to_gate, first_is_unused, gate_levels
 from se_prune.surgery.lost import lost_channels
 
 #: Operations f of one feature map with f(a·x) = a·f(x) for a ≥ 0 per channel.
@@ -46,20 +47,24 @@ class Way:
     """How a site can be folded: `owner` is taken out, and its constant goes into `layer`.
 
     `maker`: into the rows of the layer that makes u; `consumer`: into the columns of the one that reads v; `scale`:
-    a depthwise 1×1 convolution takes the owner's place, and `layer` is the owner. `operations` of one forward
-    pass go away; the map has `channels` and `positions`.
+    a depthwise 1×1 convolution takes the owner's place, and `layer` is the owner; `constant`: the owner is the gate's
+    last layer, which gives a constant, and the `unused` first one goes away. `operations` of one forward pass go away;
+    the map has `channels` and `positions`.
     """
 
     owner: str
-    kind: Literal["maker", "consumer", "scale"]
+    kind: Literal["maker", "consumer", "scale", "constant"]
     layer: str
     operations: int
     channels: int
     positions: int
+    unused: str | None = None
 
     @property
     def note(self) -> str:
         """Say in a few words where the constant goes."""
+        if self.kind == "constant":
+            return f"in place of {self.layer}"
         return "into a 1×1 depthwise convolution" if self.kind == "scale" else f"into {self.layer}"
 
 
@@ -90,6 +95,8 @@ def find_ways(model: nn.Module, example: torch.Tensor, sites: Sequence[GateSite]
         way = "its multiply is in the network's own forward" if not site.owner else _way(graph, site)
         if not isinstance(way, str) and site.owner not in signatures.plain:
             way = f"{site.owner} takes or returns more than one map"
+        if isinstance(way, str):
+            way = _constant(graph, record, site, way)
         if isinstance(way, str):
             result.refused[site.name] = way
         else:
@@ -170,6 +177,25 @@ def _way(graph: _Graph, site: GateSite) -> Way | str:
         operations=len(inside),
         channels=site.channels,
         positions=positions(shape),
+    )
+
+
+def _constant(graph: _Graph, record: Trace, site: GateSite, reason: str) -> Way | str:
+    """Return how a site whose block cannot be taken out is folded where it stands, or why it cannot."""
+    chain = chain_to_gate(record, site, graph.modules)
+    if isinstance(chain, str):
+        return f"{reason}, and {chain}"
+    assert site.expand is not None
+    unused = site.reduce if first_is_unused(record, chain, site) else None
+    shape = record.nodes[chain[0]].shape
+    return Way(
+        owner=site.expand,
+        kind="constant",
+        layer=site.expand,
+        operations=1 if unused is None else 2,
+        channels=shape[1],
+        positions=positions(shape),
+        unused=unused,
     )
 
 
@@ -270,13 +296,18 @@ def fold(
             raise SurgeryError(f"the gate of '{name}' cannot be folded: {ways.refused[name]}.")
         way = ways.found[name]
         _require_constants(name, value, way.channels)
-        kinds[way.owner] = "scale" if way.kind == "scale" else "identity"
+        kinds[way.owner] = way.kind if way.kind in {"scale", "constant"} else "identity"
+        if way.unused is not None:
+            kinds[way.unused] = "unused"
     modules = dict(result.named_modules())
+    values = dict(constants)
     for name, value in constants.items():
         way = ways.found[name]
-        if way.kind != "scale":
+        if way.kind == "constant":
+            values[name] = gate_levels(model, image, sites[name], value)
+        elif way.kind != "scale":
             _absorb(modules[way.layer], value, into_rows=way.kind == "maker")
-    replace_blocks(result, kinds, {ways.found[name].owner: value for name, value in constants.items()})
+    replace_blocks(result, kinds, {ways.found[name].owner: value for name, value in values.items()})
     return result, kinds
 
 

@@ -3,14 +3,16 @@
 Shapes: N images, G groups of a layer (1 but for grouped convolutions), I inputs of a group (its input channels × kernel
 positions, and 1 for the bias), O outputs of a group; each group is fitted by itself. For a layer with kept inputs x and
 the dense network's pre-activation y of its kept outputs, the new weights minimise E‖x·W − y‖² + λ·‖W − W_cut‖² in
-closed form from the Gram matrix of x (I, I), over some positions P of every image (`gates.moments`). A layer that a BN
+closed form from the Gram matrix of x (I, I), over some positions P of every image (`gates.moments`). Where a gate
+scales the outputs (a depthwise convolution in between or not), the error of output c is weighted by the dense
+network's s_c² of each image, with a Gram matrix per output: what the gate shuts need not be right. A layer that a BN
 alone reads is fitted up to a constant, which goes into the BN's running mean. Layers are taken in the order in which
 they run, each on inputs that those before it have already repaired; no labels are needed. Both networks run once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +25,16 @@ from se_prune.data.source import share_unreadable
 from se_prune.errors import DataError
 from se_prune.gates.moments import (
     LAYER_TYPES,
+    PATCH_ELEMENTS,
     grouped_weights,
     has_rows,
     in_float64,
     input_rows,
     sample_positions,
 )
+from se_prune.gates.tap import tap
 from se_prune.gates.trace import norms_after, trace
-from se_prune.records import Coupling, LayerRefit, Plan, Preprocessing
+from se_prune.records import Coupling, GateSite, LayerRefit, Plan, Preprocessing
 from se_prune.surgery.lost import lost_channels
 
 if TYPE_CHECKING:
@@ -42,16 +46,22 @@ RIDGE = 1e-3
 HELD_OUT = 5
 #: Bytes of dense responses that are kept at a time; where more would be needed, fewer images are used.
 RESPONSE_BYTES = 2 << 30
+#: Bytes of a layer's Gram matrices, one per gated output; where more would be needed, its outputs share a mean weight.
+GATED_BYTES = 1 << 28
+#: Least weight of an output: a gate that is always shut leaves its filter as it is.
+LEAST_WEIGHT = 1e-6
 
 
 @dataclass(slots=True, kw_only=True)
 class _Moments:
-    """Sums over images of xᵀx (G, I, I), xᵀy (G, I, O) and y² (G, O), and how many rows they hold."""
+    """Weighted sums over rows of xᵀx (G, I, I), xᵀy (G, I, O) and y² (G, O); the last input is 1.
+
+    Where every output has weights of its own, it is a group by itself: G × O of them, of one output each.
+    """
 
     xx: torch.Tensor
     xy: torch.Tensor
     yy: torch.Tensor
-    rows: int = 0
 
     @classmethod
     def like(cls, weights: torch.Tensor) -> _Moments:
@@ -63,24 +73,53 @@ class _Moments:
             yy=weights.new_zeros(groups, outputs),
         )
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """The sum of the weights (G, 1): the count of rows where there are none."""
+        return self.xx[:, -1:, -1]
+
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add rows x (G, R, I) and y (G, R, O)."""
         self.xx += in_float64(x.mT @ x)
         self.xy += in_float64(x.mT @ y)
         self.yy += in_float64(y.square().sum(1))
-        self.rows += x.shape[1]
+
+    def add_weighted(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add rows x (G, N × P, I) and y (G, N × P, O) with the weights (N, G, O) of each image's outputs.
+
+        The Gram matrix of an image is taken once, and added to every output's by its weight.
+        """
+        groups, count, inputs = x.shape
+        step = max(1, PATCH_ELEMENTS // (groups * inputs**2))
+        for part in torch.split(torch.arange(len(weights), device=x.device), step):
+            rows, target = (t.view(groups, len(weights), count // len(weights), -1)[:, part] for t in (x, y))
+            own = weights[part].permute(1, 2, 0)  # (G, O, N)
+            grams = (own @ (rows.mT @ rows).flatten(2)).view(-1, inputs, inputs)
+            scaled = target * own.mT[:, :, None]
+            self.xx += in_float64(grams)
+            self.xy += in_float64((rows.flatten(1, 2).mT @ scaled.flatten(1, 2)).mT.reshape(-1, inputs, 1))
+            self.yy += in_float64((target * scaled).sum((1, 2)).view(-1, 1))
 
     def merge(self) -> None:
         """Put the sums over the images of all processes in the place of this one's."""
-        rows = torch.tensor(self.rows)
-        distributed.add_up(self.xx, self.xy, self.yy, rows)
-        self.rows = int(rows)
+        distributed.add_up(self.xx, self.xy, self.yy)
 
     def error(self, weights: torch.Tensor) -> float:
-        """Return Σ‖x·W − y‖² relative to Σ‖y − E[y]‖² for weights (G, I, O); the last input is 1."""
+        """Return Σ‖x·W − y‖² relative to Σ‖y − E[y]‖² for weights (G, I, O)."""
         fitted = ((self.xx @ weights - 2 * self.xy) * weights).sum() + self.yy.sum()
         spread = self.yy.sum() - (self.xy[:, -1].square() / self.rows).sum()
         return float(fitted / spread.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Wanted:
+    """What the dense network computed: a layer's kept outputs, and the gates (N, O) that scale them.
+
+    Outputs are (N, O, P) of a convolution, (…, O) of a linear layer.
+    """
+
+    outputs: torch.Tensor
+    gates: torch.Tensor | None
 
 
 @torch.no_grad()
@@ -94,6 +133,7 @@ def refit(
     preprocessing: Preprocessing,
     device: torch.device,
     batch_size: int = 128,
+    sites: Sequence[GateSite] = (),
     changed: Collection[str] = (),
     on_images: Callable[[int], None] | None = None,
 ) -> tuple[LayerRefit, ...]:
@@ -115,6 +155,7 @@ def refit(
         preprocessing: How the network wants its images.
         device: Where to compute; both networks stay on it, in eval mode.
         batch_size: Images per pass of the dense network.
+        sites: The gate sites of the dense network, which weight what they scale; those that the plan folds do not.
         changed: Further layers that are re-fitted, since the plan changed their inputs.
         on_images: Called with the count of images that are done.
 
@@ -137,9 +178,10 @@ def refit(
     targets = {name: kept[name] for name in wanted if has_rows(modules[name])}
     dense.to(device).eval()
     cut_network.to(device).eval()
+    gating = _gating(targets, sites, couplings, plan)
     places = distributed.share(len(split), batch_size)
     batches = (images.to(device) for images, _ in split.take(places).batches(batch_size, preprocessing))
-    images, responses = _dense_responses(dense, targets, batches, on_images)
+    images, responses = _dense_responses(dense, targets, gating, batches, on_images)
     share_unreadable(split)
     norms = {
         layer: modules[name]
@@ -149,8 +191,8 @@ def refit(
     fits: list[LayerRefit] = []
     held_out = places[: len(images)].to(device) % HELD_OUT == HELD_OUT - 1
     handles = [
-        modules[name].register_forward_pre_hook(_fit_hook(name, response, held_out, norms.get(name), fits))
-        for name, response in responses.items()
+        modules[name].register_forward_pre_hook(_fit_hook(name, wanted, held_out, norms.get(name), fits))
+        for name, wanted in responses.items()
     ]
     try:
         cut_network(images)
@@ -172,17 +214,51 @@ def _kept_outputs(dense: nn.Module, couplings: Sequence[Coupling], plan: Plan) -
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gating:
+    """The site that scales a layer's outputs, and which of its channels (O,) each kept output is."""
+
+    site: GateSite
+    channels: torch.Tensor
+
+
+def _gating(
+    targets: Mapping[str, torch.Tensor],
+    sites: Sequence[GateSite],
+    couplings: Sequence[Coupling],
+    plan: Plan,
+) -> dict[str, _Gating]:
+    """Return what scales the outputs of layers: of a site's features, or of what its depthwise features read."""
+    folded = {site.name for site in plan.sites if site.action == "fold"}
+    found: dict[str, _Gating] = {}
+    for site in sites:
+        if site.features is None or site.name in folded:
+            continue
+        if site.features in targets:
+            found[site.features] = _Gating(site=site, channels=targets[site.features])
+            continue
+        for coupling in couplings:
+            own = [p for p in coupling.slices if p.layer == site.features and p.role == "channelwise"]
+            channel_of = {r: i for p in own for i, r in zip(p.index, p.root, strict=True)}
+            for piece in coupling.slices if channel_of else ():
+                if piece.role == "out" and piece.layer in targets.keys() - set(site.layers):
+                    root = dict(zip(piece.index, piece.root, strict=True))
+                    channels = [channel_of.get(root.get(i, -1), -1) for i in targets[piece.layer].tolist()]
+                    if min(channels, default=-1) >= 0:
+                        found[piece.layer] = _Gating(site=site, channels=torch.tensor(channels))
+    return found
+
+
 def _dense_responses(
     dense: nn.Module,
     targets: Mapping[str, torch.Tensor],
+    gating: Mapping[str, _Gating],
     batches: Iterable[torch.Tensor],
     on_images: Callable[[int], None] | None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Run the dense network; return the images that were used and each target's kept outputs for them.
-
-    These are (N, O, P) of a convolution, (…, O) of a linear layer.
-    """
+) -> tuple[torch.Tensor, dict[str, _Wanted]]:
+    """Run the dense network; return the images that were used and what each target is to compute for them."""
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in targets}
+    seen: dict[str, list[torch.Tensor]] = {g.site.name: [] for g in gating.values()}
     modules = dict(dense.named_modules())
 
     def keep(name: str) -> Callable[..., None]:
@@ -197,34 +273,46 @@ def _dense_responses(
 
         return hook
 
+    def on_gate(site: GateSite, _: torch.Tensor, gate: torch.Tensor) -> None:
+        seen[site.name].append(gate.flatten(1))
+
     handles = [modules[name].register_forward_hook(keep(name)) for name in targets]
     used: list[torch.Tensor] = []
     try:
-        for batch in batches:
-            used.append(batch)
-            dense(batch)
-            if on_images is not None:
-                on_images(len(batch) * distributed.size())
-            stored = sum(p.nbytes for values in parts.values() for p in values)
-            if stored * (1 + 1 / len(used)) > RESPONSE_BYTES:
-                break
+        with tap(dense, [g.site for g in gating.values()], on_gate):
+            for batch in batches:
+                used.append(batch)
+                dense(batch)
+                if on_images is not None:
+                    on_images(len(batch) * distributed.size())
+                stored = sum(p.nbytes for values in parts.values() for p in values)
+                if stored * (1 + 1 / len(used)) > RESPONSE_BYTES:
+                    break
     finally:
         for handle in handles:
             handle.remove()
-    once = [name for name, values in parts.items() if len(values) == len(used)]
-    return torch.cat(used), {name: torch.cat(parts[name]) for name in once}
+    gates = {
+        name: torch.cat(seen[g.site.name])[:, g.channels.to(used[0].device)]
+        for name, g in gating.items()
+        if len(seen[g.site.name]) == len(used)
+    }
+    return torch.cat(used), {
+        name: _Wanted(outputs=torch.cat(values), gates=gates.get(name))
+        for name, values in parts.items()
+        if len(values) == len(used)
+    }
 
 
 def _fit_hook(
     name: str,
-    response: torch.Tensor,
+    wanted: _Wanted,
     held_out: torch.Tensor,
     norm: nn.Module | None,
     fits: list[LayerRefit],
 ) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, LAYER_TYPES)
-        fits.append(_fit(name, module, inputs[0], response, held_out=held_out, norm=norm))
+        fits.append(_fit(name, module, inputs[0], wanted, held_out=held_out, norm=norm))
 
     return hook
 
@@ -233,22 +321,30 @@ def _fit(
     name: str,
     module: nn.Conv2d | nn.Linear,
     features: torch.Tensor,
-    response: torch.Tensor,
+    wanted: _Wanted,
     *,
     held_out: torch.Tensor,
     norm: nn.Module | None,
 ) -> LayerRefit:
     """Fit one layer to the dense responses; its weights change where the held-out error falls."""
     weight = in_float64(grouped_weights(module))  # (G, I, O)
+    weights = None if wanted.gates is None else _weights(wanted.gates, weight.shape)
+    if weights is not None and weights.shape[2] > 1:  # every output is a group by itself
+        weight = weight.mT.reshape(-1, weight.shape[1], 1)
     bias = weight.new_zeros(weight.shape[0], 1, weight.shape[2])
     if module.bias is not None:
         bias = in_float64(module.bias).view_as(bias)
     current = torch.cat([weight, bias], 1)
-    fitting, checking = _Moments.like(current), _Moments.like(current)
-    for part, chosen in ((fitting, ~held_out), (checking, held_out)):
-        for rows, target in _rows(module, features[chosen], response[chosen]):
-            part.add(rows, target)
-        part.merge()
+    fitting, checking = (
+        _moments(
+            current,
+            module,
+            features[chosen],
+            wanted.outputs[chosen],
+            None if weights is None else weights[chosen],
+        )
+        for chosen in (~held_out, held_out)
+    )
     if norm is not None:  # what BN recalibration does for any weights
         current[:, -1] += (fitting.xy[:, -1] - (fitting.xx[:, -1:] @ current)[:, 0]) / fitting.rows
     new = current + _step(fitting, current, constant=module.bias is not None or norm is not None)
@@ -265,6 +361,41 @@ def _fit(
     return LayerRefit(layer=name, error_before=before, error_after=after, kept=kept)
 
 
+def _weights(gates: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return the weights of the outputs (N, G, O) by their gates (N, G × O); (N, 1, 1) where memory is short."""
+    groups, inputs, outputs = shape
+    squares = gates.square().clamp_min(LEAST_WEIGHT)
+    if 8 * groups * outputs * (inputs + 1) ** 2 > GATED_BYTES:
+        return squares.mean(1)[:, None, None]
+    return squares.view(-1, groups, outputs)
+
+
+def _moments(
+    current: torch.Tensor,
+    module: nn.Conv2d | nn.Linear,
+    features: torch.Tensor,
+    response: torch.Tensor,
+    weights: torch.Tensor | None,
+) -> _Moments:
+    """Return the sums of a layer's inputs and the dense responses over the images of all processes."""
+    sums = _Moments.like(current)
+    for part, rows in input_rows(module, features):
+        target = response[part]
+        if isinstance(module, nn.Conv2d):
+            grouped = target.view(len(target), len(rows), -1, target.shape[2])  # (N, G, O, P)
+            target = grouped.permute(1, 0, 3, 2)
+        target = target.reshape(*rows.shape[:2], -1)
+        if weights is None:
+            sums.add(rows, target)
+        elif weights.shape[2] > 1:
+            sums.add_weighted(rows, target, weights[part])
+        else:
+            root = weights[part].sqrt().view(-1, 1, 1).expand(-1, rows.shape[1] // len(weights[part]), 1)
+            sums.add(rows * root.reshape(1, -1, 1), target * root.reshape(1, -1, 1))
+    sums.merge()
+    return sums
+
+
 def _step(moments: _Moments, current: torch.Tensor, *, constant: bool) -> torch.Tensor:
     """Return the change (G, I, O) of the weights; without a constant the last row stays 0."""
     inputs = current.shape[1]
@@ -277,15 +408,3 @@ def _step(moments: _Moments, current: torch.Tensor, *, constant: bool) -> torch.
     step = torch.zeros_like(current)
     step[:, :free] = torch.linalg.solve(gram + torch.diag_embed(penalty), residual)
     return step
-
-
-def _rows(
-    module: nn.Conv2d | nn.Linear, features: torch.Tensor, response: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the inputs (G, R, I) and dense responses (G, R, O) of a layer, some images at a time."""
-    for part, rows in input_rows(module, features):
-        target = response[part]
-        if isinstance(module, nn.Conv2d):
-            grouped = target.view(len(target), len(rows), -1, target.shape[2])  # (N, G, O, P)
-            target = grouped.permute(1, 0, 3, 2)
-        yield rows, target.reshape(*rows.shape[:2], -1)

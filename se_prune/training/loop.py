@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from se_prune.schema import record, to_json
 from se_prune.settings import TrainSettings
 from se_prune.surgery.repair import recalibrate_bn
 from se_prune.training.interrupt import Request, stop_request
+from se_prune.training.lasso import GroupLasso, ScaledGroup
 from se_prune.training.losses import FeatureLoss, FeatureMatch
 from se_prune.training.mixing import Mixing, outputs, require_batches
 from se_prune.training.norms import shares_statistics
@@ -121,6 +122,7 @@ def fit(
     resume: Path | None = None,
     on_step: Callable[[StepLog], None] | None = None,
     features: FeatureMatch | None = None,
+    scaled: Sequence[ScaledGroup] = (),
 ) -> TrainResult:
     """Train `model` in place on augmented images of `split`; it ends on the CPU in eval mode.
 
@@ -140,6 +142,7 @@ def fit(
         resume: A folder that keeps the state; a run found there goes on at its step. Ctrl-C then finishes the step.
         on_step: Called after every step.
         features: Which features of the teacher the network has, for `distill_features`.
+        scaled: What scales the channels that can leave, for `group_lasso`.
 
     Raises:
         DataError: The split has no image, or too few to hold some out.
@@ -184,6 +187,7 @@ def fit(
         if settings.distill_features and features is not None and teacher is not None:
             step.features = FeatureLoss(features, device)
             watched.enter_context(step.features.watching(model, teacher))
+        step.lasso = GroupLasso(model, scaled, settings) if scaled else None
         run = _Run(
             step=step,
             split=split,

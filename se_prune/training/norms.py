@@ -38,8 +38,7 @@ class _Shared(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         axes = [axis for axis in range(x.ndim) if axis != 1]
-        variance, mean = torch.var_mean(x.float(), axes, correction=0)
-        moments = torch.stack([mean, variance]).double()
+        moments = _moments(x).double()
         moments[1] += moments[0].square()
         distributed.average([moments])
         mean, variance = moments[0].float(), (moments[1] - moments[0].square()).float()
@@ -63,10 +62,22 @@ class _Shared(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight.float()
         slope = -scale * means[1] * inverse
         offset = -scale * means[0] - slope * mean
-        by_x = torch.addcmul(g * scale.view(shape) + offset.view(shape), x.float(), slope.view(shape))
+        by_x = torch.addcmul(offset.view(shape), x.float(), slope.view(shape)).addcmul_(g, scale.view(shape))
         if weight is None:
             return by_x.to(x.dtype), None, None, None
         return by_x.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(weight.dtype), None
+
+
+def _moments(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean and the variance of a share, biased, per channel (2, C), as BN itself takes them fastest."""
+    count = x.numel() // x.shape[1]
+    moments = torch.zeros(2, x.shape[1], device=x.device)
+    if count == 1:
+        moments[0] = x.flatten()
+        return moments
+    functional.batch_norm(x, moments[0], moments[1], training=True, momentum=1.0)
+    moments[1] *= (count - 1) / count  # a running variance is unbiased
+    return moments
 
 
 class SharedStatistics(TorchFunctionMode):

@@ -17,6 +17,7 @@ from torch import nn
 from se_prune import distributed
 from se_prune.errors import SePruneError
 from se_prune.settings import TrainSettings
+from se_prune.training.lasso import GroupLasso
 from se_prune.training.losses import FeatureLoss, distillation_loss, label_loss
 from se_prune.training.mixing import Mixing
 from se_prune.training.norms import statistics_of_whole
@@ -43,6 +44,7 @@ class Step:
     amp: torch.dtype | None
     layout: torch.memory_format
     total: int
+    lasso: GroupLasso | None = None
     teacher: Teacher | None = None
     mixing: Mixing | None = None
     features: FeatureLoss | None = None
@@ -81,6 +83,8 @@ class Step:
                 loss = (1 - settings.distill_weight) * loss + settings.distill_weight * soft
             if self.features is not None:
                 loss = loss + settings.distill_features * self.features()
+            if self.lasso is not None:
+                loss = loss + self.lasso(batch // settings.accumulate, self.total)
         sums.add(loss.detach(), logits.detach(), labels)
         return loss
 

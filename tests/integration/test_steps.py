@@ -7,10 +7,10 @@ import torch
 
 from se_prune import pipeline
 from se_prune.checkpoint import open_model
-from se_prune.errors import UsageError
+from se_prune.errors import NotKept, UsageError
 from se_prune.pipeline.progress import Progress
 from se_prune.recipe import ApplyTable, ModelTable, RunRecipe
-from se_prune.settings import TrainSettings
+from se_prune.settings import SearchTable, TrainSettings
 from tests.tiny import fashion_folder
 
 pytestmark = pytest.mark.slow
@@ -113,3 +113,40 @@ def test_steps_that_cannot_be_are_refused_before_anything_is_opened(recipe, tmp_
         )
         with pytest.raises(UsageError, match=message):
             pipeline.run_recipe(wrong, tmp_path, command="run")
+
+
+def test_a_search_ends_with_a_run_and_its_proof(recipe, tmp_path, monkeypatch):
+    searching = replace(
+        recipe,
+        apply=ApplyTable(repair="bn"),
+        search=SearchTable(max_drop=100.0, least=0.3, tolerance=0.3, held_out=0.25),
+        finetune=None,
+    )
+    note = Progress.note
+
+    def dying(self, **changes):
+        note(self, **changes)
+        if changes.get("tries"):
+            raise Killed  # as soon as the first try is decided
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "note", dying)
+        with pytest.raises(Killed):
+            pipeline.run_recipe(searching, tmp_path / "out", command="run", device="cpu")
+    outcome = pipeline.run_recipe(searching, tmp_path / "out", command="run", device="cpu")
+    found = outcome.run.max_drop
+    assert [t.budget for t in found.tries] == pytest.approx([0.65, 0.475])  # every drop is kept
+    assert [t.drop.n for t in found.tries] == [30, 30]
+    assert all(t.keeps for t in found.tries)
+    assert found.proof.n == 60
+    assert found.proof.drop == pytest.approx(-outcome.run.paired.top1_difference)
+    assert found.kept
+    assert outcome.run.cost_after.macs / outcome.run.cost_before.macs == pytest.approx(0.475, abs=0.01)
+    assert not (tmp_path / "out" / "state").exists()
+    with pytest.raises(NotKept, match="no network that was tried loses at most 0 points"):
+        pipeline.run_recipe(
+            replace(searching, search=SearchTable(max_drop=0.0, least=0.05, tolerance=0.5, confidence=0.99)),
+            tmp_path / "never",
+            command="run",
+            device="cpu",
+        )

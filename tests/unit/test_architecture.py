@@ -23,8 +23,9 @@ ORDER = (
     "files",  # writing whole files
     "device",
     "text",  # how numbers are written
-    "recipe",
     "schedule",  # steps of a cut
+    "recipe",
+    "keys",  # what a recipe may say
     "zoo",  # architectures
     "computed",  # convolutions that compute their weights
     "fixed",  # what follows the channels beside parameters
@@ -131,12 +132,14 @@ def test_the_package_itself_names_its_api_and_imports_none_of_it():
         _ = se_prune.prune_everything
 
 
-def test_torch_pruning_and_fvcore_have_one_door_each():
+def test_torch_pruning_fvcore_and_torch_distributed_have_one_door_each():
     trees = modules()
     door = {f"channels/{name}.py" for name in ("graph", "importances", "joints", "shuffles")}
     assert importers("torch_pruning", trees) == door
     assert importers("fvcore", trees) == {"cost.py"}
     assert len(importers("torch", trees)) > 20
+    speaking = {p for p, tree in trees if any(n.startswith("torch.distributed") for n in imports(tree))}
+    assert speaking == {"distributed.py"}
 
 
 def test_the_library_does_not_know_the_command_line():

@@ -202,10 +202,15 @@ def test_large_images_become_small_and_few():
 def test_hashes_are_those_of_the_files_and_of_both_splits(tmp_path):
     file = tmp_path / "a.bin"
     file.write_bytes(b"weights")
+    package = tmp_path / "b.mlpackage" / "Data"
+    package.mkdir(parents=True)
+    (package / "w.bin").write_bytes(b"more")
     source = open_data("fashion-mnist")
-    found = details.hashes(source, [file])
+    found = details.hashes(source, [file, package.parent])
     assert found["a.bin"] == hashlib.sha256(b"weights").hexdigest()
-    assert set(found) == {"a.bin", "training images and labels", "test images and labels"}
+    assert found["b.mlpackage/Data/w.bin"] == hashlib.sha256(b"more").hexdigest()
+    splits = {"training images and labels", "test images and labels"}
+    assert set(found) == {"a.bin", "b.mlpackage/Data/w.bin"} | splits
     other = TensorImages(images=source.test.images, labels=source.test.labels.flip(0))
     changed = details.hashes(dataclasses.replace(source, test=other), [])
     assert changed["training images and labels"] == found["training images and labels"]

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from se_prune import distributed
-from se_prune.errors import UsageError
+from se_prune import distributed, files
+from se_prune.device import choose_device
+from se_prune.errors import PeerError, UsageError
+from se_prune.files import require_shared
 from se_prune.training.norms import SharedStatistics, shares_statistics
 from tests import ranks
 from tests.tiny import png_folder
@@ -146,6 +148,7 @@ def test_batches_that_cannot_be_shared_are_refused(two):
 
 
 def test_records_and_files_come_from_the_main_process(two, folder):
+    assert [notes["budget"] for _, notes in two] == ["the main process refused."] * 2
     assert [notes["record"]["std"] for _, notes in two] == [[0.25], [0.25]]
     assert (folder / "once.txt").read_text() == "written by process 0"
     assert [p.name for p in folder.glob(".*")] == []
@@ -207,3 +210,29 @@ def test_half_set_variables_are_refused(monkeypatch):
     with pytest.raises(UsageError, match=r"'RANK' is wrong or missing; start them with torchrun"):
         distributed.start()
     assert distributed.size() == 1
+
+
+def test_machines_that_share_no_folder_are_refused(monkeypatch, tmp_path):
+    require_shared(tmp_path)
+    monkeypatch.setattr(distributed, "_place", distributed._Place(machines=2))
+    require_shared(tmp_path)
+    monkeypatch.setattr(files, "SEEN_AFTER", 0.0)  # as if the file of the main process were never seen
+    with pytest.raises(UsageError, match="the machines do not share"):
+        require_shared(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_a_process_is_told_from_our_own_defects():
+    with pytest.raises(PeerError, match="another process of this run has ended"), distributed._exchange():
+        raise RuntimeError("Read error [127.0.0.1]:7087: Connection reset by peer")
+    with pytest.raises(RuntimeError, match="sizes differ"), distributed._exchange():
+        raise RuntimeError("sizes differ")
+
+
+def test_devices_that_processes_cannot_share_are_refused(monkeypatch):
+    assert choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(distributed, "_place", distributed._Place(size=2))
+    assert choose_device("cpu") == torch.device("cpu")
+    for name in ("cuda:0", "mps"):
+        with pytest.raises(UsageError, match=f"--device {name} cannot be shared by several processes"):
+            choose_device(name)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import pytest
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from se_prune.errors import DataError
-from se_prune.evaluate import Z95, _binomial_two_sided, evaluate, mcnemar, paired, wilson
+from se_prune.evaluate import Z95, _binomial_two_sided, drop, evaluate, mcnemar, paired, wilson
 from se_prune.records import Preprocessing
+from se_prune.results import Evaluation
 
 CPU = torch.device("cpu")
 PLAIN = Preprocessing(input_size=(1, 1, 6), mean=(0.0,), std=(1.0,))
@@ -238,3 +239,45 @@ def test_paired_evaluations():
     assert test.p_value == 1.0
     same = paired(run(data), run(data), data)
     assert (same.top1_difference, same.only_first_right, same.p_value) == (0.0, 0, 1.0)
+
+
+def answers(lost, won, both, neither=0):
+    """Return two evaluations and their split: images that the second network lost, won, and where both agree."""
+    labels = [0] * (lost + won + both + neither)
+    first = [0] * lost + [1] * won + [0] * both + [1] * neither
+    second = [1] * lost + [0] * won + [0] * both + [1] * neither
+    n = len(labels)
+
+    def of(predictions):
+        right = predictions.count(0)
+        return Evaluation(
+            n=n, top1=right / n, top5=1.0, top1_ci95=(0.0, 1.0), loss=0.0, predictions=tuple(predictions)
+        )
+
+    return of(first), of(second), split([[0] * 6] * n, labels)
+
+
+def test_a_drop_with_its_interval():
+    found = drop(*answers(30, 20, 950), 0.95)
+    assert (found.n, found.drop) == (1000, pytest.approx(0.01))
+    lost, won = 31 / 1002, 21 / 1002  # one image more of each kind
+    error = math.sqrt((lost + won - (lost - won) ** 2) / 1002)
+    assert found.ci95 == pytest.approx((lost - won - 1.959964 * error, lost - won + 1.959964 * error))
+    assert found.upper == pytest.approx(lost - won + 1.644854 * error)
+    assert found.ci95[0] < 0 < found.drop < found.upper < found.ci95[1]
+    assert drop(*answers(30, 20, 950), 0.5).upper == found.drop
+    gain = drop(*answers(20, 30, 950), 0.95)
+    assert gain.drop == pytest.approx(-0.01)
+
+
+def test_networks_that_agree_everywhere_have_an_interval_all_the_same():
+    found = drop(*answers(0, 0, 100), 0.9)
+    assert found.drop == 0.0
+    assert 0 < found.upper < found.ci95[1] < 0.05
+
+
+def test_images_that_one_network_could_not_read_are_in_no_drop():
+    first, second, images = answers(10, 0, 90)
+    unread = replace(second, predictions=(-1, *second.predictions[1:]))
+    found = drop(first, unread, images, 0.5)
+    assert (found.n, found.drop) == (99, pytest.approx(9 / 99))

@@ -13,6 +13,7 @@ from se_prune import artifact
 from se_prune.data.batches import TensorImages
 from se_prune.data.source import DataSource
 from se_prune.errors import UsageError
+from se_prune.keys import key_reference, key_texts
 from se_prune.pipeline import run_recipe
 from se_prune.pipeline import train as train_network
 from se_prune.recipe import (
@@ -23,14 +24,12 @@ from se_prune.recipe import (
     RunRecipe,
     budget_of,
     find_recipe,
-    key_reference,
-    key_texts,
     read_run,
     read_toml,
     train_settings,
 )
 from se_prune.records import Budget, Preprocessing
-from se_prune.settings import TrainSettings
+from se_prune.settings import SearchTable, TrainSettings
 from se_prune.zoo import registry
 
 GOOD = """
@@ -86,6 +85,24 @@ def test_a_good_recipe_and_its_defaults(written):
         ("lr = 0.01", "mixup = 0.2\nbatch_size = 7", "batch_size must be even, got 7"),
         ("lr = 0.01", "ema_bn_images = 9", "ema_bn_images needs an average"),
         ("lr = 0.01", "compile = true\ndistill_features = 1", "leave out compile"),
+        ("lr = 0.01", "group_lasso = 1e-4", "a run in one step has none; raise steps"),
+        ("lr = 0.01", "group_lasso_ramp = 2", "at most 1 and finite, got 2"),
+        ("macs = 0.5", "macs = 0.5\nsteps = 0", "steps must be at least 1, got 0"),
+        ("macs = 0.5", "macs = 0.5\nsteps = 3", "as many epochs of fine-tuning at least, got 2"),
+        ("macs = 0.5", 'macs = 0.5\nshape = "cubik"', "'linear', 'cubic' or 'geometric'"),
+        ("macs = 0.5", "latency = 0.5\nsteps = 2", "need a budget of channels, MACs or parameters"),
+        ("[apply]", "[search]\nmax_drop = 0.5\n[apply]", "give a budget or max_drop, not both"),
+        (
+            "[apply]\nmacs = 0.5",
+            "[search]\nmax_drop = -1",
+            "max_drop must be at least 0.0 and at most 100.0, got -1",
+        ),
+        (
+            "[apply]\nmacs = 0.5",
+            "[search]\nmax_drop = 1\nconfidence = 0.2",
+            "confidence must be at least 0.5",
+        ),
+        ("[apply]\nmacs = 0.5", "[search]\nmax_drob = 1", r"did you mean 'max_drop'\?"),
         ("lr = 0.01", "rand_augment_magnitude = 11", "at most 10 and finite, got 11"),
         ("lr = 0.01", 'track = ["tensorbord"]', "'tensorboard', 'mlflow' or 'wandb'"),
         ('ref = "zoo:se_resnet20"', "", "ref"),
@@ -100,6 +117,12 @@ def test_what_is_refused(written, old, new, message):
         read_run(written(GOOD.replace(old, new)))
     assert "recipe.toml" in str(caught.value) or "budget" in str(caught.value)
     read_run(written(GOOD))
+
+
+def test_a_search_stands_in_place_of_a_budget(written):
+    recipe = read_run(written(GOOD.replace("macs = 0.5", "").replace("[apply]", "[search]\nmax_drop = 1")))
+    assert recipe.search == SearchTable(max_drop=1.0)
+    assert recipe.apply == ApplyTable()
 
 
 def test_a_recipe_may_fold_gates_alone(written):
@@ -146,7 +169,7 @@ def test_settings_of_train_and_finetune(written):
         train_settings(None, "train", batch_size=0)
 
 
-@pytest.mark.parametrize("cls", [RunRecipe, ModelTable, ApplyTable, TrainSettings])
+@pytest.mark.parametrize("cls", [RunRecipe, ModelTable, ApplyTable, SearchTable, TrainSettings])
 def test_every_key_has_a_text(cls):
     texts = key_texts(cls)
     assert set(texts) == {f.name for f in dataclasses.fields(cls)}

@@ -160,6 +160,17 @@ def test_the_keyboard_reaches_figures_and_controls(browser, page):
     assert reachable == 0
 
 
+def test_links_lead_to_sections_far_down(browser, compared):
+    browser.open(compared)
+    for key in ("run-2-classes", "run-1-gates", "run-2-reproduce"):
+        browser.run(f"document.querySelector('a[href=\"#{key}\"]').click()")
+        top = browser.run(
+            "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done("
+            f"document.getElementById('{key}').getBoundingClientRect().top))))"
+        )
+        assert -40 < top < 900, key
+
+
 def test_points_move_with_the_zoom(browser, compared):
     browser.open(compared)
     figure = "#figure-tradeoff-macs"

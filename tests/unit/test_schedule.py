@@ -3,10 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from se_prune.artifact import Network
 from se_prune.errors import SurgeryError
-from se_prune.records import Budget, GroupPlan, Plan, SitePlan
+from se_prune.pipeline import jobs, structure
+from se_prune.records import ArchSpec, ArtifactHeader, Budget, GroupPlan, Plan, SitePlan
 from se_prune.schedule import compose, epochs_of, goals, kept_after, of_what_is_left
+from tests.nets import DepthwiseSE, FunctionalSE, ResidualSE
+from tests.tiny import GREY
 
 MACS = Budget(kind="macs", value=0.2)
 
@@ -94,3 +99,27 @@ def test_the_first_plan_is_one_of_the_dense_network_itself():
 def test_plans_that_do_not_follow_each_other_are_refused():
     with pytest.raises(SurgeryError, match=r"5 channels of 'a' cannot follow one that leaves 4"):
         compose(plan({"a": (6, (1, 4))}), plan({"a": (5, (0,))}), MACS)
+
+
+@pytest.mark.parametrize("cls", [ResidualSE, DepthwiseSE, FunctionalSE])
+@pytest.mark.parametrize("hidden", ["tie", "prune"])
+def test_cutting_twice_is_cutting_once_by_the_plan_that_adds_both_up(cls, hidden):
+    torch.manual_seed(1)
+    preprocessing = replace(GREY, input_size=(1, 8, 8))
+    header = ArtifactHeader(arch=ArchSpec(ref="in hand"), preprocessing=preprocessing)
+    dense = Network(module=cls(num_classes=3, in_channels=1).eval(), header=header)
+    network, whole, removed = dense, None, []
+    for kept in (0.8, 0.7):
+        found = structure(network)
+        budget = Budget(kind="params", value=kept)
+        chosen = jobs.plan(
+            network, found, budget, criterion="l1", device=torch.device("cpu"), min_channels=1, hidden=hidden
+        )
+        network = jobs.built(network, found, chosen)
+        whole = compose(whole, chosen, MACS)
+        removed.append(whole.channels_removed)
+    assert 0 < removed[0] < removed[1]
+    once = jobs.built(dense, structure(dense), whole).module.state_dict()
+    twice = network.module.state_dict()
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(value, twice[name]) for name, value in once.items())

@@ -9,12 +9,12 @@ import typer
 
 from se_prune_cli.output import Device, Json, OptionalData, Output, Workers
 from se_prune_cli.training import Resume
-from se_prune_cli.whole import Shape, Steps, run_and_show
+from se_prune_cli.whole import MaxDrop, Shape, Steps, run_and_show
 
 
 def _keys(show: bool) -> None:
     if show:
-        from se_prune.recipe import key_reference
+        from se_prune.keys import key_reference
 
         typer.echo(key_reference(), nl=False)
         raise typer.Exit
@@ -33,6 +33,7 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Overrides the recipe's.")] = None,
     steps: Steps = None,
     shape: Shape = None,
+    max_drop: MaxDrop = None,
     resume: Resume = True,
     device: Device = "auto",
     as_json: Json = False,
@@ -52,4 +53,5 @@ def command(
         workers=workers,
         steps=steps,
         shape=shape,
+        max_drop=max_drop,
     )
