@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import statistics
 import time
 import warnings
@@ -273,8 +274,15 @@ def one_by_one(run: Run) -> Run:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the warnings of packages about themselves; errors are still raised."""
+def quiet(*loggers: str) -> Iterator[None]:
+    """Hide the warnings of packages about themselves, and what these loggers say; errors are still raised."""
+    silenced = [(logger, logger.level) for logger in map(logging.getLogger, loggers)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            for logger, _ in silenced:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in silenced:
+                logger.setLevel(level)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +35,9 @@ def write(subject: Subject, path: Path, int8: bool) -> tuple[LayerNoise, ...]:
         SePruneError: coremltools cannot convert the network.
     """
     assert not int8, "this target takes no int8"
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
     program = traced(subject, batch=1).run_decompositions({})
     try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        with quiet("coremltools"), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             import coremltools
 
             model = coremltools.convert(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +54,10 @@ def write(subject: Subject, path: Path, int8: bool) -> tuple[LayerNoise, ...]:
 
 
 def _int8(model: Any, subject: Subject) -> Any:
-    with without_telemetry(), quiet():
+    with without_telemetry(), quiet("nncf"):
         import nncf
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
-        logging.getLogger("nncf").setLevel(logging.ERROR)
         images = subject.calibration.numpy()
         with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
             return nncf.quantize(

@@ -161,6 +161,8 @@ class Int8Form:
 
         from se_prune.export.onnx import session
 
+        if not extra:
+            return session(model.SerializeToString())
         opened = onnx.ModelProto.FromString(model.SerializeToString())
         opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
         return session(opened.SerializeToString())
@@ -237,8 +239,14 @@ class _Builder:
             self.nodes.append(made)
             for name in made.output:
                 self._pair(name)
-        result = onnx.ModelProto.FromString(self.form.model.SerializeToString())
-        del result.graph.node[:], result.graph.initializer[:], result.graph.value_info[:]
+        result = onnx.ModelProto(
+            ir_version=self.form.model.ir_version,
+            opset_import=self.form.model.opset_import,
+            functions=self.form.model.functions,
+        )
+        result.graph.name = graph.name
+        result.graph.input.extend(graph.input)
+        result.graph.output.extend(graph.output)
         result.graph.node.extend(self.nodes)
         used = {name for node in self.nodes for name in node.input}
         values = {**self.form.weights, **self.initializers}

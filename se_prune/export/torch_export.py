@@ -8,7 +8,6 @@ Shapes: N images.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +52,7 @@ def write(subject: Subject, path: Path, int8: bool) -> tuple[LayerNoise, ...]:
 def open_file(path: Path, subject: Subject, threads: int) -> Run:
     """Return what runs a file that was just written; see above about files of others."""
     del subject
-    logging.getLogger("torch.export").setLevel(logging.ERROR)
-    with quiet():
+    with quiet("torch.export"):
         module = torch.export.load(path).module()
 
     def run(images: NDArray[Any]) -> NDArray[np.float32]:
