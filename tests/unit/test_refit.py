@@ -12,6 +12,7 @@ from se_prune.errors import DataError
 from se_prune.gates import moments
 from se_prune.gates.sites import find_sites
 from se_prune.records import Budget, GroupPlan, Plan, Preprocessing
+from se_prune.surgery import fit
 from se_prune.surgery import refit as module_under_test
 from se_prune.surgery.cut import cut
 from se_prune.surgery.refit import refit
@@ -108,7 +109,7 @@ def run(model, removed, split, **options):
 
 
 def test_a_channel_that_others_can_stand_for_costs_nothing(plain, monkeypatch):
-    monkeypatch.setattr(module_under_test, "RIDGE", 1e-9)
+    monkeypatch.setattr(fit, "RIDGE", 1e-9)
     with torch.no_grad():  # channel 5 is half of channel 2
         plain.a.weight[5], plain.a.bias[5] = plain.a.weight[2] / 2, plain.a.bias[2] / 2
     before, after, fits = run(plain, (5,), images())
@@ -122,7 +123,7 @@ def test_a_channel_that_others_can_stand_for_costs_nothing(plain, monkeypatch):
 
 @torch.no_grad()
 def test_the_fit_is_that_of_lstsq(plain, monkeypatch):
-    monkeypatch.setattr(module_under_test, "RIDGE", 1e-12)
+    monkeypatch.setattr(fit, "RIDGE", 1e-12)
     split = images()
     _, after, fits = run(plain, (0, 3), split)
     x, fitting = batch(split), torch.arange(60) % 5 != 4
@@ -147,7 +148,7 @@ def test_the_fit_is_that_of_lstsq(plain, monkeypatch):
 
 @torch.no_grad()
 def test_a_bn_takes_the_constant(normed, monkeypatch):
-    monkeypatch.setattr(module_under_test, "RIDGE", 1e-12)
+    monkeypatch.setattr(fit, "RIDGE", 1e-12)
     before, after, fits = run(normed, (0, 3), images())
     assert fits[0].kept
     assert not torch.equal(after.norm.running_mean, before.norm.running_mean)
@@ -194,7 +195,7 @@ class Grouped(nn.Module):
 
 
 def test_each_group_of_a_convolution_is_fitted_by_itself(monkeypatch):
-    monkeypatch.setattr(module_under_test, "RIDGE", 1e-9)
+    monkeypatch.setattr(fit, "RIDGE", 1e-9)
     torch.manual_seed(0)
     model = Grouped().eval()
     with torch.no_grad():  # in either group channel 2 is half of channel 0

@@ -9,7 +9,7 @@ from se_prune.data.batches import TensorImages
 from se_prune.gates.sites import find_sites
 from se_prune.gates.tap import tap
 from se_prune.records import Budget, GroupPlan, Plan, Preprocessing, SitePlan
-from se_prune.surgery import refit as module_under_test
+from se_prune.surgery import fit
 from se_prune.surgery.cut import cut
 from se_prune.surgery.refit import refit
 from tests.nets import ConvSE
@@ -122,7 +122,7 @@ def check(small, wanted):
 @pytest.fixture(autouse=True)
 def no_ridge(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(module_under_test, "RIDGE", 1e-12)
+    monkeypatch.setattr(fit, "RIDGE", 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,13 @@ def test_a_gate_that_is_folded_weights_nothing():
 
 def test_the_chunks_do_not_matter(monkeypatch):
     model = Gated(nn.Identity())
-    monkeypatch.setattr(module_under_test, "PATCH_ELEMENTS", 1)
+    monkeypatch.setattr(fit, "PATCH_ELEMENTS", 1)
     check(fitted(model), solution(model, lambda squares: squares))
 
 
 def test_where_memory_is_short_the_outputs_share_the_mean_weight(monkeypatch):
     model = Gated(nn.Identity())
-    monkeypatch.setattr(module_under_test, "GATED_BYTES", 0)
+    monkeypatch.setattr(fit, "GATED_BYTES", 0)
     check(fitted(model), solution(model, lambda squares: squares.mean(1, keepdim=True).expand(-1, 4)))
 
 
