@@ -30,8 +30,9 @@ PYTORCHCV = re.compile(r"features\.(init_block|stage\d+)\.")
 #: What pytorchcv ends the names of one network with that it trained on several data sets.
 DATA_SET = re.compile(r"^(pytorchcv:.+)_(cub|cifar100|cifar10|svhn)$")
 #: Tensors of a candidate that may have other shapes before it is given up: the first convolution, the classifier's
-#: two, and a couple that a file may have lost.
-SLACK = 5
+#: two, four of a gate that timm's EfficientNets make to see which arguments it takes, and a couple that a file may
+#: have lost.
+SLACK = 9
 #: A candidate that differs in at most this share of its tensors is worth telling.
 CLOSE = 0.1
 SHOWN = 8

@@ -354,6 +354,14 @@ def test_tensors_of_nothing_known_are_told_shortly(tmp_path):
     assert "se-prune archs" in message
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_fine_tuned_network_whose_library_makes_a_gate_to_try_it(channels, tmp_path, few):
+    few("timm:efficientnet_b0", "timm:efficientnet_b1", "timm:seresnet18")
+    kwargs = {"num_classes": 7} | ({} if channels == 3 else {"in_channels": channels})
+    path = saved(tmp_path / "a.pth", build("timm:efficientnet_b0", **kwargs).state_dict())
+    assert open_model(str(path)).header.arch == ArchSpec(ref="timm:efficientnet_b0", kwargs=kwargs)
+
+
 def test_sizes_that_disagree_with_a_recognised_file(tmp_path, few):
     few("zoo:se_resnet20")
     path = str(saved(tmp_path / "a.pth", build("zoo:se_resnet20", num_classes=4).state_dict()))
