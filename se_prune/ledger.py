@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from se_prune.records import ChannelGroup, Coupling, GroupPlan, HiddenPolicy
@@ -30,6 +31,9 @@ def why_no_more(
         return "hidden units are kept"
     if group.kind == "hidden" and hidden == "tie":
         return "follows the channels it gates" if leads else "gates uncut channels"
+    if len(options) == 1 and group.tied > 1 and round_to > 1:
+        whole = math.lcm(round_to, group.tied)
+        return f"too narrow for multiples of {whole} ({group.tied} channels leave together)"
     if len(options) == 1 and group.tied > 1:
         return "its grouped convolutions cannot be narrower"
     if len(options) == 1:

@@ -83,12 +83,19 @@ def recognise(weights: Weights, what: str) -> str:
     if closest is not None and closest.different <= CLOSE * len(state):
         raise UsageError(
             f"{what} is of no architecture known here; the closest is {closest.ref}: "
-            f"{differences(closest.module.state_dict(), state)}; {ADD_ARCH}."
+            f"{differences(_resized(closest, state).state_dict(), state)}; {ADD_ARCH}."
         )
     raise UsageError(
         f"{what} does not say its architecture, and its {len(state)} tensors ({some(list(state))}) are of none known "
         f"here; {ADD_ARCH}."
     )
+
+
+def _resized(candidate: _Tried, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a candidate with the checkpoint's class count and input channels, which are no differences."""
+    found = {name: stored for name, built, stored in stored_sizes(candidate.module, state) if stored != built}
+    with _shapes_only(lambda *_: None):
+        return registry.build(ArchSpec(ref=candidate.ref, kwargs=found)) if found else candidate.module
 
 
 def adapted(spec: ArchSpec, state: Mapping[str, torch.Tensor]) -> ArchSpec:
