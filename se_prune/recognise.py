@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +94,8 @@ def recognise(weights: Weights, what: str) -> str:
 
 def _resized(candidate: _Tried, state: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a candidate with the checkpoint's class count and input channels, which are no differences."""
-    found = {name: stored for name, built, stored in stored_sizes(candidate.module, state) if stored != built}
+    sizes = stored_sizes(candidate.module, state)
+    found: dict[str, Any] = {name: stored for name, built, stored in sizes if stored != built}
     with _shapes_only(lambda *_: None):
         return registry.build(ArchSpec(ref=candidate.ref, kwargs=found)) if found else candidate.module
 

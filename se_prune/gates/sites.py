@@ -67,7 +67,6 @@ def discover(model: nn.Module, example: torch.Tensor) -> Discovery:
 
 def explain(site: GateSite) -> str:
     """Say in one line how a site pools, which layers make its gate, what it scales and where."""
-
     own = site.name.partition("#")[0]
 
     def short(layer: str) -> str:
