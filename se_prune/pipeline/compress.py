@@ -13,13 +13,15 @@ from se_prune.artifact import Network
 from se_prune.data.hand import HandImages, read_batches
 from se_prune.data.source import DataSource
 from se_prune.device import choose_device
-from se_prune.errors import DataError, UsageError, first_line
+from se_prune.errors import UsageError
 from se_prune.pipeline.jobs import Applied, apply_plan, plan
 from se_prune.pipeline.latency import Timing, resolve_rounding
-from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, structure
+from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, class_count, structure
 from se_prune.recipe import budget_of
 from se_prune.records import ArchSpec, ArtifactHeader, HiddenPolicy, Preprocessing, RepairMode
 from se_prune.scoring.registry import find
+
+TRAINED_ON = "give float32 batches as its training took them, and the network in float32 (model.float())"
 
 
 def compress(
@@ -68,9 +70,10 @@ def compress(
         The plan, its proof and costs; `.network.module` is the small network.
 
     Raises:
-        UsageError: Not one budget, a criterion that needs labels without them, or a network that gives no logits.
+        UsageError: Not one budget, a criterion that needs labels without them, or a network that does not take the
+            images or gives no logits.
         BudgetError: The budget cannot be met.
-        DataError: No images, batches of another kind, or images that the network does not take.
+        DataError: No images, or batches of another kind.
         SurgeryError: The network cannot be cut, or the proof fails.
     """
     budget = budget_of(sparsity, macs, params, latency=latency, latency_ms=latency_ms)
@@ -78,6 +81,7 @@ def compress(
     if not labelled and criterion in {"taylor", "hessian", "gate-fisher"}:
         raise UsageError(f"criterion '{criterion}' needs labels; give batches of (images, labels).")
     find(criterion)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given; it shares the weights
     network = _network(model, split, arch)
     data = _data(network.module, split)
     found, target = structure(network), choose_device(device)
@@ -113,28 +117,9 @@ def _network(model: nn.Module, split: HandImages, arch: ArchSpec | None) -> Netw
     )
 
 
-def _outputs(module: nn.Module, image: torch.Tensor) -> int:
-    """Return the class count of a classifier, as one image tells it."""
-    shape = tuple(image.shape[1:])
-    try:
-        logits = module(image)
-    except Exception as error:  # whatever the caller's own code raises at images that are not its own
-        raise DataError(
-            f"the network fails on float32 images of shape {shape}: {first_line(error)}; give the batches that its "
-            "training took, and a network in float32 (model.float())."
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UsageError(
-            f"the network must give logits (N, K) for images (N, C, H, W), got {found}; wrap it in a module that does."
-        )
-    return logits.shape[1]
-
-
-@torch.no_grad()
 def _data(module: nn.Module, split: HandImages) -> DataSource:
     """Return the images as a data source; nothing is tested, so that there are no test images."""
-    outputs = _outputs(module, split.images[:1])
+    outputs = class_count(module, split.images[:1], TRAINED_ON)
     labels = split.labels
     if int(labels.min()) < 0 or int(labels.max()) >= outputs:
         raise UsageError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from se_prune import artifact
 from se_prune.artifact import Network
@@ -18,7 +19,7 @@ from se_prune.cost import count_cost
 from se_prune.data import DataSource
 from se_prune.data.batches import Batch
 from se_prune.data.source import Split, balanced_subset, of_classes, shared_batches
-from se_prune.errors import CheckpointError, DataError, SurgeryError
+from se_prune.errors import CheckpointError, DataError, SurgeryError, UsageError, first_line
 from se_prune.gates.energies import ChannelEnergies, collect_energies
 from se_prune.gates.shift import logit_shifts
 from se_prune.gates.sites import discover, find_sites
@@ -35,6 +36,7 @@ MEASURED_IMAGES = 2048
 SHIFT_IMAGES = 256
 #: Images per pass; with fewer, summing what the gates do takes a larger share of the time.
 BATCH = 256
+INPUT = "give the size of its images with --input-size C,H,W, or another network"
 
 
 class Reporter(Protocol):
@@ -70,9 +72,11 @@ def structure(network: Network) -> Structure:
     """Find gate sites, channel groups and cost of a network.
 
     Raises:
+        UsageError: It does not take images of its input size.
         SurgeryError: torch-pruning cannot trace it.
     """
     example = example_input(network.header.preprocessing)
+    output_of(network.module, example)
     found = discover(network.module, example)
     return Structure(
         example=example,
@@ -95,14 +99,43 @@ def inspect(network: Network) -> Inspection:
     )
 
 
+def output_of(module: nn.Module, image: torch.Tensor, advice: str = INPUT) -> object:
+    """Return what a network makes of an image (1, C, H, W), in eval mode.
+
+    Raises:
+        UsageError: It fails on it; the message ends with the advice.
+    """
+    try:
+        with torch.no_grad():
+            return module.eval()(image)
+    except Exception as error:  # whatever somebody's own code raises at images that are not its own
+        shape = tuple(image.shape[1:])
+        raise UsageError(f"the network fails on images of {shape}: {first_line(error)}; {advice}.") from error
+
+
+def class_count(module: nn.Module, image: torch.Tensor, advice: str = INPUT) -> int:
+    """Return how many classes a network tells apart, as one image shows.
+
+    Raises:
+        UsageError: It fails on the image, or gives no logits.
+    """
+    logits = output_of(module, image, advice)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(
+            f"the network must give logits (N, K) for images (N, C, H, W), got {found}; wrap it in a module that does."
+        )
+    return logits.shape[1]
+
+
 def require_classes(network: Network, data: DataSource) -> None:
     """Check that the network has an output for every class of the data.
 
     Raises:
         DataError: It has more or fewer; the message gives both numbers.
+        UsageError: It takes no images of its input size, or gives no logits.
     """
-    with torch.no_grad():
-        outputs = network.module.eval()(example_input(network.header.preprocessing)).shape[1]
+    outputs = class_count(network.module, example_input(network.header.preprocessing))
     if outputs != len(data.classes):
         raise DataError(
             f"the network has {outputs} classes but {data.ref} has {len(data.classes)}; use the data it was "

@@ -130,12 +130,22 @@ class Named(nn.Module):
 
 def test_networks_and_images_that_do_not_go_together_are_refused():
     image = next(iter(loader()))[0]
-    with pytest.raises(DataError, match=r"fails on float32 images of shape \(1, .*give the batches that"):
+    with pytest.raises(UsageError, match=r"fails on images of \(1, .*give float32 batches"):
         se_prune.compress(net(), [image[:, :1]], macs=0.6)
-    with pytest.raises(DataError, match=r"model\.float\(\)"):
+    with pytest.raises(UsageError, match=r"model\.float\(\)"):
         se_prune.compress(net().double(), [image], macs=0.6)
     with pytest.raises(UsageError, match=r"must give logits \(N, K\) .*got dict; wrap it"):
         se_prune.compress(Named(), [image], macs=0.6)
+
+
+def test_a_compiled_network_is_taken_as_what_it_was_compiled_from():
+    model, images = net(), next(iter(loader()))[0]
+    compiled = torch.compile(model)
+    assert type(compiled) is not type(model)
+    result = se_prune.compress(compiled, [images], macs=0.6, criterion="l2", repair="none")
+    assert type(result.network.module) is type(model)
+    wanted = se_prune.compress(model, [images], macs=0.6, criterion="l2", repair="none")
+    assert result.plan == wanted.plan
 
 
 def test_a_budget_is_needed_and_must_be_possible():
