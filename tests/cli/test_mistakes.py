@@ -40,10 +40,6 @@ BAD = {
     "wrong arch": ("inspect cut.safetensors --arch zoo:se_mobilenet_x025", "se_resnet20"),
     "unknown arch": ("inspect zoo:se_resnet2", "did you mean"),
     "wrong class count": (f"evaluate {NET} --data two", "10 of them are not in two: t-shirt"),
-    "images of another size": (
-        "inspect torchvision:squeezenet1_0 --input-size 3,1,1",
-        "fails on images of (3, 1, 1): ",
-    ),
     "budgets of a sweep": (f"sweep {NET} --data data --macs half -o swept", "--macs takes numbers"),
     "budget 0": (f"{APPLY} --macs 0", "got 0"),
     "budget 1.5": (f"{APPLY} --macs 1.5", "got 1.5"),

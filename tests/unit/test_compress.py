@@ -11,7 +11,8 @@ import se_prune
 from se_prune import artifact
 from se_prune.data.hand import HandImages, read_batches
 from se_prune.errors import BudgetError, DataError, UsageError
-from se_prune.records import ArchSpec, Preprocessing
+from se_prune.pipeline import structure
+from se_prune.records import ArchSpec, ArtifactHeader, Preprocessing
 from se_prune.settings import TrainSettings
 from tests.built import lively
 from tests.nets import RESIDUAL
@@ -136,6 +137,14 @@ def test_networks_and_images_that_do_not_go_together_are_refused():
         se_prune.compress(net().double(), [image], macs=0.6)
     with pytest.raises(UsageError, match=r"must give logits \(N, K\) .*got dict; wrap it"):
         se_prune.compress(Named(), [image], macs=0.6)
+
+
+def test_a_network_that_fails_on_images_of_its_own_size_is_told_so():
+    header = ArtifactHeader(arch=ArchSpec(ref="mine:flat"), preprocessing=RESIDUAL.preprocessing)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(5, 2))
+    with pytest.raises(UsageError, match=r"fails on images of \(3, .*--input-size C,H,W"):
+        structure(artifact.Network(module=flat, header=header))
+    assert structure(artifact.Network(module=net(), header=header)).sites
 
 
 def test_a_compiled_network_is_taken_as_what_it_was_compiled_from():
