@@ -322,7 +322,7 @@ def _is_default(kind: str, attribute: Any) -> bool:
 
     value = helper.get_attribute_value(attribute)
     if kind != "Conv":
-        return DEFAULTS.get((kind, attribute.name)) == value
+        return bool(DEFAULTS.get((kind, attribute.name)) == value)
     if attribute.name in {"dilations", "strides"}:
         return set(value) == {1}
     defaults = {"group": value == 1, "auto_pad": value == b"NOTSET", "kernel_shape": True}
