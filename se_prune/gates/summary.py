@@ -90,6 +90,8 @@ def profile(
 ) -> GateProfile:
     """Return the gate by channel for chosen classes (all where none are given), as in the paper's Figure 5.
 
+    Values have six digits.
+
     Args:
         statistics: Of a network.
         site: The name of a gate site.
