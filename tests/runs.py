@@ -9,15 +9,7 @@ from collections import Counter
 from typing import Any
 
 from se_prune.evaluate import wilson
-from se_prune.records import (
-    ArchSpec,
-    Budget,
-    Cost,
-    GroupKind,
-    GroupPlan,
-    Plan,
-    SiteSummary,
-)
+from se_prune.records import ArchSpec, Budget, Cost, GroupKind, GroupPlan, Plan
 from se_prune.results import (
     ChangedImage,
     Evaluation,
@@ -27,6 +19,7 @@ from se_prune.results import (
     OperationTime,
     PairedTest,
     Run,
+    SiteSummary,
     StageResult,
 )
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from se_prune.gates.statistics import BINS, SiteSums, Statistics
-from se_prune.records import GateSite, SiteSummary
-from se_prune.results import GateProfile
+from se_prune.records import GateSite
+from se_prune.results import GateProfile, SiteSummary
 
 #: Sites are advised to be folded, cheapest first, as long as their predicted losses add up to less than this.
 FOLD_TOLERANCE = 0.005
