@@ -212,7 +212,9 @@ def read_header(path: str | Path) -> ArtifactHeader:
     try:
         return from_json(ArtifactHeader, metadata[HEADER_KEY], what=f"the header of {path}")
     except SePruneError as error:
-        raise CheckpointError(f"{error} It was written by another version, or is damaged.") from error
+        raise CheckpointError(
+            f"{str(error).rstrip('.')}; it was written by another version, or is damaged: copy or make it again."
+        ) from error
 
 
 def load(path: str | Path, *, trust: str | None = None) -> Network:

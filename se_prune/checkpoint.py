@@ -22,6 +22,7 @@ from se_prune.errors import CheckpointError, UsageError, first_line, nearest
 from se_prune.foreign import (
     ONNX,
     SUFFIXES,
+    check_floats,
     check_values,
     differences,
     digest,
@@ -294,6 +295,7 @@ def _fitted(
     if found:
         spec = dataclasses.replace(spec, kwargs={**spec.kwargs, **found})
         module = registry.build(spec)
+    check_floats(module.state_dict(), state, path)
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:

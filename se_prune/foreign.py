@@ -155,6 +155,7 @@ def _packed(what: str, file: Path | io.BytesIO) -> tuple[str, bytes] | None:
             _check_entries(what, entries, file)
             if any(Path(entry.filename).name == "data.pkl" for entry in entries):
                 return None
+            _check_places(what, entries)
             inside = [e for e in entries if Path(e.filename).suffix.lower() in SUFFIXES and _is_visible(e)]
             if len(inside) != 1 or isinstance(file, io.BytesIO):
                 names = some(sorted(Path(entry.filename).name for entry in entries)) or "nothing"
@@ -181,6 +182,17 @@ def _check_entries(what: str, entries: Sequence[zipfile.ZipInfo], file: Path | i
             f"{what} of {packed / 1e6:.3g} MB claims to unpack to {unpacked / 1e6:.3g} MB, which no weights do, so "
             f"nothing of it was read; {AGAIN} from a source you trust."
         )
+
+
+def _check_places(what: str, entries: Sequence[zipfile.ZipInfo]) -> None:
+    """Refuse an archive that an unpacker would write outside of its folder; nothing here unpacks one to disk."""
+    for entry in entries:
+        name = entry.filename.replace("\\", "/")
+        if name.startswith("/") or ".." in name.split("/"):
+            raise CheckpointError(
+                f"{what} holds {_printable(entry.filename)}, a path outside of the archive, as no honest archive does, "
+                f"so nothing of it was read; {AGAIN} from a source you trust."
+            )
 
 
 def _is_visible(entry: zipfile.ZipInfo) -> bool:
@@ -232,7 +244,10 @@ def _unwrapped(value: object, path: Path, ema: bool) -> Weights:
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not named weights; {SAVE_WEIGHTS}.")
     tensors = {str(key): tensor for key, tensor in value.items() if isinstance(tensor, torch.Tensor)}
-    if not any(tensor.is_floating_point() for tensor in tensors.values()):
+    if tensors and not any(tensor.is_floating_point() for tensor in tensors.values()):
+        name, tensor = next(iter(tensors.items()))
+        raise CheckpointError(_not_floats(path, name, tensor))
+    if not tensors:
         held_here = some([str(key) for key in value]) if value else "nothing"
         raise CheckpointError(f"{path} holds {held_here}, but no weights by name; {SAVE_WEIGHTS}.")
     averaged = bool(taken.intersection(AVERAGES)) or "n_averaged" in tensors
@@ -266,7 +281,7 @@ def _config_beside(path: Path) -> set[str]:
 
 
 def check_values(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse weights that are not finite or all zero, and tensors that only pretend to hold values.
+    """Refuse weights that are not finite or all zero, negative variances, and tensors that only pretend to hold values.
 
     Raises:
         CheckpointError: The message names the tensor.
@@ -284,11 +299,35 @@ def check_values(state: Mapping[str, torch.Tensor], path: Path) -> None:
                 f"{path}: '{name}' holds NaN or infinite values, so its training failed; "
                 "open an earlier checkpoint."
             )
+        if name.endswith("running_var") and tensor.is_floating_point() and bool((_wide(tensor) < 0).any()):
+            raise CheckpointError(
+                f"{path}: '{name}' is negative, and no variance is; the file is damaged: {AGAIN}."
+            )
     weights = [tensor for tensor in state.values() if tensor.ndim > 1]
     if weights and not any(bool(_wide(tensor).any()) for tensor in weights):
         raise CheckpointError(
             f"{path} holds no weight other than zero, so it was saved before it was filled; open another checkpoint."
         )
+
+
+def check_floats(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse weights that are integers, complex or flags where the architecture has floats.
+
+    Raises:
+        CheckpointError: The message names the tensor.
+    """
+    for name, tensor in own.items():
+        stored = state.get(name)
+        if stored is not None and tensor.is_floating_point() and not stored.is_floating_point():
+            raise CheckpointError(_not_floats(path, name, stored))
+
+
+def _not_floats(path: Path, name: str, tensor: torch.Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return (
+        f"{path}: '{name}' is of type {kind}, and weights are floats, so it was quantised or converted; "
+        "open the float checkpoint that it was made from."
+    )
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

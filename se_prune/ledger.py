@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from se_prune.records import ChannelGroup, Coupling, GroupPlan, HiddenPolicy
@@ -30,13 +31,19 @@ def why_no_more(
         return "hidden units are kept"
     if group.kind == "hidden" and hidden == "tie":
         return "follows the channels it gates" if leads else "gates uncut channels"
-    if len(options) == 1 and group.tied > 1:
-        return "its grouped convolutions cannot be narrower"
     if len(options) == 1:
-        return f"too narrow for multiples of {round_to}" if round_to > 1 else "at its floor already"
+        return _no_room(group, round_to)
     if width == options[-1]:
         return "at its floor"
     return "all score above the cut" if width == group.channels else "the rest score above the cut"
+
+
+def _no_room(group: ChannelGroup, round_to: int) -> str:
+    """Say why a group has no narrower width."""
+    if round_to == 1:
+        return "its grouped convolutions cannot be narrower" if group.tied > 1 else "at its floor already"
+    together = f" ({group.tied} channels leave together)" if group.tied > 1 else ""
+    return f"too narrow for multiples of {math.lcm(round_to, group.tied)}{together}"
 
 
 def refusals(couplings: Sequence[Coupling]) -> tuple[GroupPlan, ...]:

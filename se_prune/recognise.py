@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +31,9 @@ PYTORCHCV = re.compile(r"features\.(init_block|stage\d+)\.")
 #: What pytorchcv ends the names of one network with that it trained on several data sets.
 DATA_SET = re.compile(r"^(pytorchcv:.+)_(cub|cifar100|cifar10|svhn)$")
 #: Tensors of a candidate that may have other shapes before it is given up: the first convolution, the classifier's
-#: two, and a couple that a file may have lost.
-SLACK = 5
+#: two, four of a gate that timm's EfficientNets make to see which arguments it takes, and a couple that a file may
+#: have lost.
+SLACK = 9
 #: A candidate that differs in at most this share of its tensors is worth telling.
 CLOSE = 0.1
 SHOWN = 8
@@ -82,12 +84,20 @@ def recognise(weights: Weights, what: str) -> str:
     if closest is not None and closest.different <= CLOSE * len(state):
         raise UsageError(
             f"{what} is of no architecture known here; the closest is {closest.ref}: "
-            f"{differences(closest.module.state_dict(), state)}; {ADD_ARCH}."
+            f"{differences(_resized(closest, state).state_dict(), state)}; {ADD_ARCH}."
         )
     raise UsageError(
         f"{what} does not say its architecture, and its {len(state)} tensors ({some(list(state))}) are of none known "
         f"here; {ADD_ARCH}."
     )
+
+
+def _resized(candidate: _Tried, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a candidate with the checkpoint's class count and input channels, which are no differences."""
+    sizes = stored_sizes(candidate.module, state)
+    found: dict[str, Any] = {name: stored for name, built, stored in sizes if stored != built}
+    with _shapes_only(lambda *_: None):
+        return registry.build(ArchSpec(ref=candidate.ref, kwargs=found)) if found else candidate.module
 
 
 def adapted(spec: ArchSpec, state: Mapping[str, torch.Tensor]) -> ArchSpec:

@@ -23,6 +23,7 @@ from se_prune.records import GateSite, LeftAlone, SiteKind
 
 #: Names of gate activations: functions that bound their values.
 GATE_ACTIVATIONS = (RISING.keys() | CLIPS.keys()) - {"relu"}
+UNREAD = "its multiply is none that Python calls (scripted code, einsum), so its gate cannot be read; write it u * s"
 BRANCHES = "a softmax over branches: the gates share one sum and none closes by itself"
 
 
@@ -66,9 +67,10 @@ def discover(model: nn.Module, example: torch.Tensor) -> Discovery:
 
 def explain(site: GateSite) -> str:
     """Say in one line how a site pools, which layers make its gate, what it scales and where."""
+    own = site.name.partition("#")[0]
 
     def short(layer: str) -> str:
-        return layer.removeprefix(f"{site.name}.")
+        return layer.removeprefix(f"{own}.") or "parameters of the network itself"
 
     steps = [f"{site.squeeze} squeeze"]
     if site.reduce is not None:
@@ -77,7 +79,7 @@ def explain(site: GateSite) -> str:
         steps.append(short(site.expand) + (" along the channels" if site.kind == "eca" else ""))
     steps.append(("" if site.scale == 1 else f"{site.scale:g}·") + site.gate_activation)
     scaled = site.features or f"a map of {site.channels} channels"
-    where = "" if site.owner == site.name else f", multiplied in {site.owner or 'the network itself'}"
+    where = "" if site.owner == own else f", multiplied in {site.owner or 'the network itself'}"
     return f"{' → '.join(steps)}, × {scaled}{where}"
 
 
@@ -117,7 +119,7 @@ def _by_channel(flow: Flow, node: Node, operand: int, bounded: bool) -> GateSite
     try:
         squeeze = find_squeeze(flow, gate, features)
     except NoSqueezeError as error:
-        return str(error) if bounded else None
+        return (str(error) if node.multiply is not None else UNREAD) if bounded else None
     fcs = _fcs(flow, squeeze.steps)
     reason = _refused(flow, node, gate, fcs)
     if reason is not None:
@@ -169,7 +171,7 @@ def _refused(flow: Flow, node: Node, gate: int, fcs: list[Node]) -> str | None:
     """Return what keeps a per-channel gate of the map's own pooled values from being a site."""
     low, high = flow.bounds[gate]
     reasons = [
-        (node.multiply is None, "its multiply runs in scripted code, where gates cannot be read"),
+        (node.multiply is None, UNREAD),
         (not fcs, "no learned layer stands between squeeze and gate"),
         (len(fcs) > 2, f"{len(fcs)} learned layers stand between squeeze and gate, not one or two"),
         (low < 0 or math.isinf(high), "its values are not limited to [0, 1] or a multiple of it"),

@@ -173,6 +173,8 @@ def rest_of(budget: Budget, before: Mapping[str, LayerCost], left: Mapping[str, 
     full, rest = totals(before)[index], totals(left)[index]
     if rest < 1:
         raise BudgetError(f"the network has no {budget.kind} to meet a budget of.")
+    if rest == full:
+        return budget  # and not nearly the same, for what compares them
     return replace(budget, value=min(1.0, budget.value * full / rest))
 
 

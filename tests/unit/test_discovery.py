@@ -188,6 +188,24 @@ def explained(name):
     return explain(site)
 
 
+def test_a_gate_applied_by_einsum_is_left_alone_for_that_reason():
+    def way(net, u):
+        return torch.einsum("nchw,nc->nchw", u, net.logits(u.mean((2, 3), keepdim=True)).sigmoid()[..., 0, 0])
+
+    found = discover(Spelled(way), IMAGE)
+    assert found.sites == ()
+    assert "einsum" in found.left_alone[0].reason
+
+
+def test_a_second_call_is_explained_like_the_first():
+    block = RESIDUAL.build().blocks[0]
+    first, second = find_sites(nn.Sequential(nn.Conv2d(3, 4, 1), block, block), RESIDUAL.images())
+    assert second.name == f"{first.name}#2"
+    assert "→ reduce (2 hidden) → expand → sigmoid" in explain(first)
+    assert "→ reduce (2 hidden) → expand → sigmoid" in explain(second)
+    assert "multiplied in" not in explain(second)
+
+
 def test_a_site_is_explained_in_one_line():
     assert explained("after an activation") == (
         "avg squeeze → reduce (2 hidden) → expand → sigmoid, × conv, multiplied in the network itself"
@@ -195,6 +213,9 @@ def test_a_site_is_explained_in_one_line():
     assert explained("ECA").startswith("avg squeeze → along along the channels → sigmoid, ×")
     assert "→ 2·sigmoid, ×" in explained("doubled")
     assert "× a map of 6 channels, multiplied" in explained("on a concatenation")
+    assert explained("raw parameters").startswith(
+        "avg squeeze → parameters of the network itself (2 hidden) → parameters of the network itself → sigmoid"
+    )
     first, _ = find_sites(RESIDUAL.build(), RESIDUAL.images())
     assert explain(first) == "avg squeeze → reduce (2 hidden) → expand → sigmoid, × blocks.0.conv2"
 

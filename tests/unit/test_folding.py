@@ -192,6 +192,9 @@ def test_a_budget_is_of_the_dense_network_whatever_is_folded():
     assert rest_of(Budget(kind="params", value=0.3), before, left).value == pytest.approx(0.5)
     assert rest_of(Budget(kind="macs", value=0.9), before, left).value == 1.0  # folding alone meets it
     assert rest_of(Budget(kind="sparsity", value=0.4), before, left).value == 0.4  # counts channels
+    uneven = {"conv": layer(41, 60)}
+    assert 0.1 * 41 / 41 != 0.1
+    assert rest_of(Budget(kind="macs", value=0.1), uneven, uneven).value == 0.1  # nothing is folded
     budget, widths = Budget(kind="macs", value=0.4), {"round_to": 1, "min_channels": 2, "hidden": "tie"}
     with pytest.raises(
         BudgetError, match=r"^--macs 0\.4 is 0\.5 of what the folded gates leave, and --macs 0\.5"

@@ -81,6 +81,8 @@ def test_rounding_counts_channels_and_not_those_of_one_group():
         plan(found, costs, scores(range(16)), value=0.9)
     narrow = tied(chain(4)[0], 4)
     assert "cannot be narrower" in plan(narrow, chain(4)[1], scores(range(4)), value=0.0).groups[0].note
+    rounded = plan(tied(chain(6)[0], 3), chain(6)[1], scores(range(6)), value=0.0, round_to=4)
+    assert rounded.groups[0].note == "too narrow for multiples of 12 (3 channels leave together)"
 
 
 def test_the_lowest_scores_leave_by_hand():

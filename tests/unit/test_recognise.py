@@ -323,7 +323,7 @@ def test_one_network_under_the_names_of_several_data_sets(classes, name, tmp_pat
 @pytest.mark.parametrize("lost", ["bn1.weight", "layer4.1.conv2.weight", "fc.bias"])
 def test_a_lost_tensor_is_named_with_the_closest_architecture(lost, tmp_path, few):
     few("timm:seresnet18", "timm:seresnet34", "timm:resnet18")
-    state = build("timm:seresnet18").state_dict()
+    state = build("timm:seresnet18", num_classes=7).state_dict()
     del state[lost]
     state["extra.weight"] = torch.ones(2, 2)
     with pytest.raises(UsageError) as caught:
@@ -352,6 +352,14 @@ def test_tensors_of_nothing_known_are_told_shortly(tmp_path):
     assert "its 10 tensors (decoder.0.weight, decoder.1.weight, decoder.2.weight and 7 more)" in message
     assert "add --arch" in message
     assert "se-prune archs" in message
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_fine_tuned_network_whose_library_makes_a_gate_to_try_it(channels, tmp_path, few):
+    few("timm:efficientnet_b0", "timm:efficientnet_b1", "timm:seresnet18")
+    kwargs = {"num_classes": 7} | ({} if channels == 3 else {"in_channels": channels})
+    path = saved(tmp_path / "a.pth", build("timm:efficientnet_b0", **kwargs).state_dict())
+    assert open_model(str(path)).header.arch == ArchSpec(ref="timm:efficientnet_b0", kwargs=kwargs)
 
 
 def test_sizes_that_disagree_with_a_recognised_file(tmp_path, few):

@@ -55,7 +55,10 @@ def command(
     stats: Annotated[Path | None, typer.Option(help="Statistics file of `analyze`.")] = None,
     criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "excitation",
     round_to: Annotated[
-        str, typer.Option(help="Keep multiples of this many channels; auto measures what the runtime likes.")
+        str,
+        typer.Option(
+            help="Keep multiples of this many channels (hidden units aside); auto measures what the runtime likes."
+        ),
     ] = "1",
     min_channels: Annotated[int, typer.Option(help="No group keeps fewer.")] = 2,
     hidden: Annotated[

@@ -41,7 +41,7 @@ def command(
     out.table(
         f"{len(found.sites)} gate sites",
         ["gate site", "kind", "channels", "gate, × what it scales"],
-        [[s.name, s.kind, str(s.channels), explain(s)] for s in found.sites],
+        [[s.name or "(the network)", s.kind, str(s.channels), explain(s)] for s in found.sites],
     )
     if found.left_alone:
         out.table(
