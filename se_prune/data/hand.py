@@ -59,19 +59,15 @@ def read_batches(batches: Iterable[Any], limit: int) -> tuple[HandImages, bool]:
         The images, and whether they had labels (0 stands in for those that are missing).
 
     Raises:
-        DataError: There is no image, the batches are of another kind, or their sizes differ.
+        DataError: There is no image, the batches are of another kind, their sizes differ, or values are no floats or
+            not finite.
     """
     images: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
     labelled, count = True, 0
     for batch in batches:
         pair = list(batch) if isinstance(batch, list | tuple) else [batch]
-        if not pair or not isinstance(pair[0], torch.Tensor) or pair[0].ndim != 4:
-            raise DataError(
-                "each batch must be a tensor of images (N, C, H, W), or a pair of it and labels (N,), "
-                f"got {type(pair[0] if pair else batch).__name__}."
-            )
-        part = pair[0].detach().cpu().float()
+        part = _images(pair[0] if pair else batch)
         if images and part.shape[1:] != images[0].shape[1:]:
             raise DataError(
                 f"all images must have one size, got {tuple(images[0].shape[1:])} and {tuple(part.shape[1:])}."
@@ -89,3 +85,24 @@ def read_batches(batches: Iterable[Any], limit: int) -> tuple[HandImages, bool]:
     if count == 0:
         raise DataError("there are no images; give a loader that yields at least one batch.")
     return HandImages(images=torch.cat(images)[:limit], labels=torch.cat(labels)[:limit]), labelled
+
+
+def _images(given: object) -> torch.Tensor:
+    """Return a batch's images on the CPU in float32."""
+    if not isinstance(given, torch.Tensor) or given.ndim != 4:
+        shape = f" of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else ""
+        raise DataError(
+            "each batch must be a tensor of images (N, C, H, W), or a pair of it and labels (N,), "
+            f"got {type(given).__name__}{shape}; a tensor of all images goes in a list."
+        )
+    if not given.is_floating_point():
+        raise DataError(
+            f"images must be floats, normalised as the network was trained, got {given.dtype}; "
+            "give the batches that its training took."
+        )
+    part = given.detach().cpu().float()
+    if not bool(torch.isfinite(part).all()):
+        raise DataError(
+            "the images hold NaN or infinite values; leave those out, or mend their preprocessing."
+        )
+    return part

@@ -13,7 +13,7 @@ from se_prune.artifact import Network
 from se_prune.data.hand import HandImages, read_batches
 from se_prune.data.source import DataSource
 from se_prune.device import choose_device
-from se_prune.errors import UsageError
+from se_prune.errors import DataError, UsageError, first_line
 from se_prune.pipeline.jobs import Applied, apply_plan, plan
 from se_prune.pipeline.latency import Timing, resolve_rounding
 from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, structure
@@ -68,9 +68,9 @@ def compress(
         The plan, its proof and costs; `.network.module` is the small network.
 
     Raises:
-        UsageError: Not one budget, or a criterion that needs labels without them.
+        UsageError: Not one budget, a criterion that needs labels without them, or a network that gives no logits.
         BudgetError: The budget cannot be met.
-        DataError: No images, or batches of another kind.
+        DataError: No images, batches of another kind, or images that the network does not take.
         SurgeryError: The network cannot be cut, or the proof fails.
     """
     budget = budget_of(sparsity, macs, params, latency=latency, latency_ms=latency_ms)
@@ -113,10 +113,28 @@ def _network(model: nn.Module, split: HandImages, arch: ArchSpec | None) -> Netw
     )
 
 
+def _outputs(module: nn.Module, image: torch.Tensor) -> int:
+    """Return the class count of a classifier, as one image tells it."""
+    shape = tuple(image.shape[1:])
+    try:
+        logits = module(image)
+    except Exception as error:  # whatever the caller's own code raises at images that are not its own
+        raise DataError(
+            f"the network fails on float32 images of shape {shape}: {first_line(error)}; give the batches that its "
+            "training took, and a network in float32 (model.float())."
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(
+            f"the network must give logits (N, K) for images (N, C, H, W), got {found}; wrap it in a module that does."
+        )
+    return logits.shape[1]
+
+
 @torch.no_grad()
 def _data(module: nn.Module, split: HandImages) -> DataSource:
     """Return the images as a data source; nothing is tested, so that there are no test images."""
-    outputs = module(split.images[:1]).shape[1]
+    outputs = _outputs(module, split.images[:1])
     labels = split.labels
     if int(labels.min()) < 0 or int(labels.max()) >= outputs:
         raise UsageError(

@@ -97,7 +97,12 @@ def test_criteria_of_the_loss_need_labels(criterion):
         ([], "there are no images"),
         (["a"], "each batch must be a tensor of images"),
         ([[]], "each batch must be a tensor of images"),
-        ([torch.zeros(2, 3)], "each batch must be a tensor of images"),
+        (
+            [torch.zeros(2, 3)],
+            r"each batch must be a tensor of images .* got Tensor of shape \(2, 3\); .* in a list",
+        ),
+        ([torch.zeros(2, 3, 4, 4, dtype=torch.uint8)], r"must be floats, .* got torch\.uint8"),
+        ([torch.full((2, 3, 4, 4), float("nan"))], "NaN or infinite"),
         ([torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 5, 5)], "must have one size"),
     ],
 )
@@ -110,6 +115,27 @@ def test_labels_that_the_network_does_not_have_are_refused():
     bad = [(next(iter(loader()))[0], torch.full((10,), 7))]
     with pytest.raises(UsageError, match="labels must be 0 to"):
         se_prune.compress(net(), bad, macs=0.6)
+
+
+class Named(nn.Module):
+    """Gives its logits by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+def test_networks_and_images_that_do_not_go_together_are_refused():
+    image = next(iter(loader()))[0]
+    with pytest.raises(DataError, match=r"fails on float32 images of shape \(1, .*give the batches that"):
+        se_prune.compress(net(), [image[:, :1]], macs=0.6)
+    with pytest.raises(DataError, match=r"model\.float\(\)"):
+        se_prune.compress(net().double(), [image], macs=0.6)
+    with pytest.raises(UsageError, match=r"must give logits \(N, K\) .*got dict; wrap it"):
+        se_prune.compress(Named(), [image], macs=0.6)
 
 
 def test_a_budget_is_needed_and_must_be_possible():
