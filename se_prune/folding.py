@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 from se_prune import text
 from se_prune.errors import SurgeryError, UsageError, nearest
 from se_prune.gates.summary import FOLD_TOLERANCE, cheapest_within
-from se_prune.records import SitePlan, SiteSummary
+from se_prune.records import SitePlan
+from se_prune.results import SiteSummary
 from se_prune.schema import FORBID_EXTRA, record
 
 

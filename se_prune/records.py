@@ -199,35 +199,6 @@ class Inspection:
 
 
 @record
-class SiteSummary:
-    """One row of the site table: how alive a gate is, and what folding it would lose.
-
-    `std_images` is the standard deviation of the gate over images, averaged over channels;
-    `class_specificity` the between-class share of the gate's variance; `saturated` the share of gates above
-    0.95 or below 0.05; `fold_loss` the share of the recalibrated energy that the best constant gate misses,
-    E[(s-a)²u²] / E[v²] with a = E[s·u²] / E[u²]; `logit_shift` the share of the logits' energy by which they move
-    with that constant, to first order (None where it was not measured).
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
-    name: str
-    channels: int
-    hidden: int
-    mean: float
-    std_images: float
-    class_specificity: float
-    saturated: float
-    fold_loss: float
-    logit_shift: float | None = None
-    advice: Literal["keep", "fold"]
-
-    @property
-    def predicted_loss(self) -> float:
-        """What folding this site costs: the logit shift, or the fold loss where that was not measured."""
-        return self.fold_loss if self.logit_shift is None else self.logit_shift
-
-
-@record
 class Scores:
     """Per group, one score per channel (lower leaves first), from one criterion.
 

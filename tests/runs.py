@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import random
 from collections import Counter
 from typing import Any
 
 from se_prune.evaluate import wilson
-from se_prune.records import (
-    ArchSpec,
-    Budget,
-    Cost,
-    GroupKind,
-    GroupPlan,
-    Plan,
-    SiteSummary,
-)
+from se_prune.records import ArchSpec, Budget, Cost, GroupKind, GroupPlan, Plan
 from se_prune.results import (
     ChangedImage,
     Evaluation,
@@ -26,6 +19,7 @@ from se_prune.results import (
     OperationTime,
     PairedTest,
     Run,
+    SiteSummary,
     StageResult,
 )
 
@@ -57,6 +51,7 @@ GROUPS: tuple[tuple[str, GroupKind, int, int, str | None], ...] = (
     ("layer3.2.conv2", "gated", 64, 0, "output of the network's head"),
 )
 N_IMAGES = 10_000
+HOSTILE = '<script>alert("x")</script>|`*_[%{x}]&amp;<img src=x onerror=alert(1)>'
 
 
 def evaluation(right: int, *, top5: float = 0.998, classes: tuple[str, ...] = CLASSES) -> Evaluation:
@@ -272,3 +267,23 @@ def make_run(**changes: Any) -> Run:
     }
     fields["profiles_after"] = tuple(after(profile) for profile in fields["profiles"][:3])
     return Run(**{**fields, **changes})
+
+
+def hostile_run() -> Run:
+    """Return a run record whose names are all `HOSTILE`."""
+    classes = (HOSTILE, *CLASSES[1:])
+    stages = tuple(
+        dataclasses.replace(stage, evaluation=evaluation(9000 + i, classes=classes))
+        for i, stage in enumerate(make_run().stages)
+    )
+    plan = make_run().plan
+    group = dataclasses.replace(plan.groups[0], name=HOSTILE, note=HOSTILE)
+    return make_run(
+        name=HOSTILE,
+        command=f"echo ```` {HOSTILE}",
+        classes=classes,
+        stages=stages,
+        plan=dataclasses.replace(plan, groups=(group, *plan.groups[1:])),
+        profiles=(profile(SITES[0], 16, 0.1, classes),),
+        environment={HOSTILE: HOSTILE},
+    )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from se_prune import text
 
 if TYPE_CHECKING:
-    from se_prune.records import Cost, LayerRefit, Plan, PlannedLatency, SitePlan, SiteSummary
-    from se_prune.results import BenchRow, Evaluation, OperationTime
+    from se_prune.records import Cost, LayerRefit, Plan, PlannedLatency, SitePlan
+    from se_prune.results import BenchRow, Evaluation, OperationTime, SiteSummary
 
 Table = tuple[list[str], list[list[str]]]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,25 +104,44 @@ def _coupling(
     channels = len(group[0].idxs)
     reasons += ["it has one channel"] if channels == 1 else []
     reasons += _refusals(slices, modules)
-    tied: int = 1
-    units: tuple[tuple[int, ...], ...] = ()
-    if not reasons:
-        tied, units, reason = _leaving(channels, slices, modules, shuffles, splits)
-        reasons += [reason] if reason else []
     info = ChannelGroup(
         name=names[group[0].dep.target.module],
         kind=_kind(slices, sites),
         channels=channels,
         members=tuple(dict.fromkeys(s.layer for s in slices)),
         site=_site_of(slices, sites),
-        tied=tied,
-        units=units,
     )
-    if not reasons and not _independent(graph, group, names, slices, info.together):
-        reasons.append("some of its channels take others along")
+    if not reasons:
+        leave = functools.partial(_leaving, channels, slices, modules, shuffles, splits)
+        info, reason = _in_units(graph, group, names, slices, info=info, leave=leave)
+        reasons += [reason] if reason else []
     if reasons:
         info = dataclasses.replace(info, prunable=False, reason=reasons[0])
     return Coupling(group=info, slices=tuple(slices))
+
+
+def _in_units(
+    graph: Any,
+    group: Any,
+    names: Mapping[nn.Module, str],
+    slices: Sequence[LayerSlice],
+    *,
+    info: ChannelGroup,
+    leave: Callable[..., tuple[int, tuple[tuple[int, ...], ...], str | None]],
+) -> tuple[ChannelGroup, str | None]:
+    """Return a group with the channels that leave together, and why nothing can leave.
+
+    Those that take one another along are looked for where single channels, or those that grouped convolutions and
+    shuffles hold together, do more than the slices say.
+    """
+    along: list[list[int]] = []
+    for _ in range(2):
+        tied, units, reason = leave(along=along)
+        info = dataclasses.replace(info, tied=tied, units=units)
+        if reason is not None or _independent(graph, group, names, slices, info.together):
+            return info, reason
+        along = _taken_along(graph, group)
+    return info, "some of its channels take others along"
 
 
 def _leaving(
@@ -130,12 +150,19 @@ def _leaving(
     modules: Mapping[str, nn.Module],
     shuffles: Sequence[tuple[int, Mapping[int, int]]],
     splits: Sequence[tuple[tuple[int, ...], Mapping[int, int]]],
+    *,
+    along: Sequence[Sequence[int]],
 ) -> tuple[int, tuple[tuple[int, ...], ...], str | None]:
-    """Return how many channels leave together, the units where they are irregular, and why nothing can leave."""
+    """Return how many channels leave together, the units where they are irregular, and why nothing can leave.
+
+    `along` are channels that take one another along, every channel in one.
+    """
     reason = _unfollowed(channels, shuffles, splits)
+    if along and shuffles:
+        reason = "some of its channels take others along"
     if reason is not None:
         return 1, (), reason
-    rows = [
+    rows = [list(row) for row in along] or [
         [places[p] for p in range(start, start + groups)]
         for groups, places in shuffles
         for start in range(0, channels, groups)
@@ -212,6 +239,25 @@ def _independent(
         if found != _touched(slices, set(half)):
             return False
     return True
+
+
+def _taken_along(graph: Any, group: Any) -> list[list[int]]:
+    """Return which channels of a group take one another along, every channel in one list.
+
+    So it is where a map is joined to what a depthwise convolution makes of it (GhostNet), and both are added to a
+    stream.
+    """
+    root = group[0].dep.target.module
+    prune = graph.get_pruner_of_module(root).prune_out_channels
+    row_of: dict[int, list[int]] = {}
+    for channel in range(len(group[0].idxs)):
+        found = {channel}
+        for item in graph.get_pruning_group(root, prune, [channel]).items:
+            if item.dep.target.module is root and role_of(root, item.dep.handler) in {"out", "channelwise"}:
+                found.update(map(int, item.idxs))
+        row = sorted({c for f in found for c in row_of.get(f, [f])})
+        row_of.update(dict.fromkeys(row, row))
+    return [row for channel, row in sorted(row_of.items()) if row[0] == channel]
 
 
 def _touched(slices: Sequence[LayerSlice], roots: Collection[int]) -> dict[tuple[str, str], set[int]]:

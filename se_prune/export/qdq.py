@@ -29,8 +29,17 @@ WEIGHTED, BETWEEN = ("Conv", "Gemm", "MatMul"), ("Add", "Mul")
 WEIGHT_MAX = 64
 ACTIVATION_MAX = 255
 BIAS_MAX = 2**30
-#: Largest bias that is kept in 16 bits.
-HALF_MAX = 2.0**15
+#: Largest bias that is kept in 16 bits, and the bytes of the Cast that it takes.
+HALF_MAX, CAST_BYTES = 2.0**15, 30
+#: Attributes that exporters write although they say what holds without them.
+DEFAULTS = {
+    ("ReduceMean", "keepdims"): 1,
+    ("ReduceMean", "noop_with_empty_axes"): 0,
+    ("Reshape", "allowzero"): 0,
+    ("Gemm", "alpha"): 1.0,
+    ("Gemm", "beta"): 1.0,
+    ("Gemm", "transA"): 0,
+}
 #: Values of the images at a time, and images at most: every tensor of the network is held for each.
 CALIBRATION_VALUES, CALIBRATION_BATCH = 2**18, 32
 
@@ -262,8 +271,9 @@ class _Builder:
             return
         scale, zero = self.form.ranges[name].affine()
         self.initializers |= {f"{name}/s": np.asarray(scale), f"{name}/z": np.asarray(zero)}
-        self._node("QuantizeLinear", [name, f"{name}/s", f"{name}/z"], f"{name}/q")
-        self._node("DequantizeLinear", [f"{name}/q", f"{name}/s", f"{name}/z"], self._quantised(name))
+        by = [f"{name}/s", f"{name}/z"] if zero else [f"{name}/s"]
+        self._node("QuantizeLinear", [name, *by], f"{name}/q")
+        self._node("DequantizeLinear", [f"{name}/q", *by], self._quantised(name))
 
     def _make_int8(self, node: Any, candidate: Candidate) -> None:
         if candidate.kind in WEIGHTED:
@@ -289,7 +299,7 @@ class _Builder:
         self.initializers |= {f"{name}/q": whole, f"{name}/s": scale}
         self._node("DequantizeLinear", [f"{name}/q", f"{name}/s"], name, axis=axis)
         node.input[1] = name
-        if bias is not None and float(np.abs(bias).max()) < HALF_MAX:
+        if bias is not None and bias.size > CAST_BYTES // 2 and float(np.abs(bias).max()) < HALF_MAX:
             self.initializers[f"{name}/b"] = bias.astype(np.float16)
             self._node("Cast", [f"{name}/b"], f"{name}/b32", to=self.float32)
             node.input[2] = f"{name}/b32"
@@ -306,11 +316,13 @@ def _channel_axis(node: Any) -> int:
     return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
 
 
-def _is_default(attribute: Any) -> bool:
-    """Say whether an attribute of a convolution is what it would be anyway."""
+def _is_default(kind: str, attribute: Any) -> bool:
+    """Say whether an attribute of a convolution, a mean or a linear layer is what it would be anyway."""
     from onnx import helper
 
     value = helper.get_attribute_value(attribute)
+    if kind != "Conv":
+        return bool(DEFAULTS.get((kind, attribute.name)) == value)
     if attribute.name in {"dilations", "strides"}:
         return set(value) == {1}
     defaults = {"group": value == 1, "auto_pad": value == b"NOTSET", "kernel_shape": True}
@@ -346,7 +358,7 @@ def shrink(model: Any) -> Any:
         for field in ("name", "domain", "overload", "doc_string"):
             if field != "domain" or not node.domain:
                 node.ClearField(field)
-        said = [a for a in node.attribute if node.op_type != "Conv" or not _is_default(a)]
+        said = [a for a in node.attribute if not _is_default(node.op_type, a)]
         del node.attribute[:]
         node.attribute.extend(said)
         node.input[:], node.output[:] = map(short, node.input), map(short, node.output)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from se_prune.gates.statistics import BINS, SiteSums, Statistics
-from se_prune.records import GateSite, SiteSummary
-from se_prune.results import GateProfile
+from se_prune.records import GateSite
+from se_prune.results import GateProfile, SiteSummary
 
 #: Sites are advised to be folded, cheapest first, as long as their predicted losses add up to less than this.
 FOLD_TOLERANCE = 0.005
@@ -89,6 +89,8 @@ def profile(
     statistics: Statistics, site: str, classes: Sequence[str] = (), channels: Sequence[int] = ()
 ) -> GateProfile:
     """Return the gate by channel for chosen classes (all where none are given), as in the paper's Figure 5.
+
+    Values have six digits.
 
     Args:
         statistics: Of a network.

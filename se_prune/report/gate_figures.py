@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from se_prune.records import SiteSummary
 from se_prune.report.plot import Axis, Band, Dot, Key, Line, Mark, Plot, color_of, dash_of, nice, scale
-from se_prune.results import GateProfile
+from se_prune.results import GateProfile, SiteSummary
 
 MEAN = "mean of all classes"
 #: More lines than this in one gate profile cannot be told apart.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from se_prune import text
-from se_prune.records import Plan, SiteSummary
+from se_prune.records import Plan
 from se_prune.report import gate_figures, tables
 from se_prune.report.content import Figure, Section
 from se_prune.report.plot import Plot
-from se_prune.results import GateProfile, GateReport, Run
+from se_prune.results import GateProfile, GateReport, Run, SiteSummary
 
 WORDS = (
     "Class specificity is the between-class share of the gate's variance; saturated is the share of gates above 0.95 "

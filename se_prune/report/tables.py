@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from se_prune import text
-from se_prune.records import Budget, GroupPlan, Plan, SiteSummary
+from se_prune.records import Budget, GroupPlan, Plan
 from se_prune.report import changes
 from se_prune.report.changes import dense_and_last
-from se_prune.results import Exported, Latency, Run
+from se_prune.results import Exported, Latency, Run, SiteSummary
 
 #: Tables longer than this are folded away behind their caption.
 LONG = 24

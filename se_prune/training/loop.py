@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from se_prune import distributed
-from se_prune.data.batches import TensorImages
 from se_prune.data.source import balanced_subset, share_unreadable
 from se_prune.errors import DataError, Interrupted, UsageError
 from se_prune.records import Preprocessing
@@ -24,14 +23,12 @@ from se_prune.surgery.repair import recalibrate_bn
 from se_prune.training.interrupt import Request, stop_request
 from se_prune.training.lasso import GroupLasso, ScaledGroup
 from se_prune.training.losses import FeatureLoss, FeatureMatch
-from se_prune.training.mixing import Mixing, outputs, require_batches
-from se_prune.training.norms import shares_statistics
-from se_prune.training.optim import build_optimizer, learning_rate
-from se_prune.training.precision import amp_dtype
-from se_prune.training.state import Parts, Position, StateFile, fingerprint
+from se_prune.training.mixing import require_batches
+from se_prune.training.optim import learning_rate
+from se_prune.training.preparing import prepare
+from se_prune.training.state import Position, StateFile, fingerprint
 from se_prune.training.steps import Step, Sums, grouped, require_finite
 from se_prune.training.stopping import hold_out, top1
-from se_prune.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from se_prune.data import Split
@@ -170,7 +167,7 @@ def fit(
         contextlib.ExitStack() as watched,
     ):
         torch.manual_seed(seed + SEEDS_APART * distributed.rank())
-        step, average = _prepare(
+        step, average = prepare(
             model,
             split,
             settings,
@@ -207,54 +204,6 @@ def fit(
             _epoch(run)
     _finish(run, device)
     return _result(run)
-
-
-def _prepare(
-    model: nn.Module,
-    split: Split,
-    settings: TrainSettings,
-    *,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    seed: int,
-    teacher: nn.Module | None,
-    no_decay: Collection[str],
-) -> tuple[Step, Any]:
-    """Put the networks on the device; return the step, and the average of the weights where one is kept."""
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
-    mixing: Mixing | None = None
-    if settings.mixup > 0 or settings.cutmix > 0:
-        mixing = Mixing(settings, outputs(model, preprocessing, device), seed)
-    average = _average(model, settings)
-    amp = amp_dtype(settings, device)
-    asked: Teacher | None = None
-    if teacher is not None:
-        teacher.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
-        asked = Teacher(teacher, layout)
-        if device.type == "cpu" and isinstance(split, TensorImages):
-            with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
-                asked.prepare(split, settings, preprocessing)
-    modules = {"model": model} if average is None else {"model": model, "ema": average.module}
-    batches = max(1, len(split) // min(settings.batch_size, len(split)))
-    step = Step(
-        model=model,
-        forward=torch.compile(model) if settings.compile else model,  # type: ignore[arg-type]
-        settings=settings,
-        parts=Parts(
-            modules=modules,
-            optimizer=build_optimizer(model, settings, no_decay),
-            scaler=torch.amp.GradScaler(device.type, enabled=amp is torch.float16),
-            device=device,
-        ),
-        amp=amp,
-        layout=layout,
-        total=settings.epochs * -(-batches // settings.accumulate),
-        teacher=asked,
-        mixing=mixing,
-        shared_norms=shares_statistics(settings, len(split)),
-    )
-    return step, average
 
 
 def _epoch(run: _Run) -> None:
@@ -391,11 +340,3 @@ def _result(run: _Run) -> TrainResult:
         best_epoch=position.best_epoch if best else None,
         seconds=position.seconds,
     )
-
-
-def _average(model: nn.Module, settings: TrainSettings) -> Any:
-    if settings.ema_decay <= 0:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True)

@@ -8,8 +8,7 @@ from se_prune.records import ArchSpec, ArtifactHeader, HistoryEntry, Preprocessi
 from se_prune.report import card
 from se_prune.results import Run
 from se_prune.schema import from_json, json_schema, to_json
-from tests.runs import CLASSES, make_run
-from tests.unit.test_report import HOSTILE
+from tests.runs import CLASSES, HOSTILE, make_run
 
 GREY = Preprocessing(input_size=(1, 28, 28), mean=(0.286,), std=(0.353,))
 

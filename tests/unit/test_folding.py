@@ -9,7 +9,8 @@ from se_prune.gates.shift import logit_shifts
 from se_prune.gates.sites import find_sites
 from se_prune.gates.tap import tap
 from se_prune.pipeline.folds import check_rest, rest_of
-from se_prune.records import Budget, LayerCost, SiteSummary
+from se_prune.records import Budget, LayerCost
+from se_prune.results import SiteSummary
 from tests.built import lively
 from tests.evidence import CPU, Tensors
 from tests.nets import RESIDUAL

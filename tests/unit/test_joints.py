@@ -89,15 +89,17 @@ class Concatenated(nn.Module):
         return self.fc(self.out(self.mix(self.bn(both))).mean((2, 3)))
 
 
-def test_channels_that_take_others_along_are_refused():
+def test_channels_that_take_others_along_leave_with_them():
     model = Concatenated(ghost=True).eval()
     graph = tp.DependencyGraph().build_dependency(model, example_inputs=IMAGES, verbose=False)
     one = graph.get_pruning_group(model.mix, tp.prune_depthwise_conv_out_channels, [0])
     touched = {i for dep, idxs in one if dep.target.module is model.mix for i in idxs}
     assert touched > {0}  # torch-pruning's own: one channel asked for, more leave
-    refused = {c.group.name: c.group.reason for c in groups_of(model).values() if not c.group.prunable}
-    assert refused == {"mix": "some of its channels take others along", "fc": "output layer"}
-    assert groups_of(model)["out"].group.prunable
+    found = groups_of(model)
+    assert {name for name, c in found.items() if not c.group.prunable} == {"fc"}
+    assert found["mix"].group.together == ((0, 4), (1, 5), (2, 6), (3, 7))
+    plan = planned(found, "mix", (1, 5))
+    assert verify(model, cut(model, IMAGES, plan), tuple(found.values()), plan, IMAGES) <= 1e-9
 
 
 def test_concatenations_of_independent_maps_are_cut():

@@ -17,25 +17,16 @@ from se_prune.pipeline import apply_plan, plan, structure
 from se_prune.pipeline.features import match_features
 from se_prune.records import ArchSpec, ArtifactHeader, Budget
 from se_prune.settings import TrainSettings
-from se_prune.training import fit, loop
+from se_prune.training import loop
 from se_prune.training.losses import FeatureLoss, FeatureMatch, label_loss
 from se_prune.training.mixing import Mixing
 from se_prune.training.optim import learning_rate
 from se_prune.training.stopping import hold_out, top1
-from tests.nets import DEPTHWISE, DepthwiseSE
+from tests.nets import DEPTHWISE
 from tests.tiny import GREY, stripes
+from tests.training import CPU, net, train
 
-CPU = torch.device("cpu")
 QUICK = TrainSettings(epochs=2, batch_size=24, lr=0.05, flip=0.0, crop_padding=0, amp="off")
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return DepthwiseSE()
-
-
-def train(model, settings, **options):
-    return fit(model, stripes(96), settings, preprocessing=GREY, device=CPU, **options)
 
 
 def test_one_cycle_rises_and_falls_between_torchs_shares():

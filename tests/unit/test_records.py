@@ -14,8 +14,8 @@ from se_prune import recipe, records, results, timing
 from se_prune import settings as training_settings
 from se_prune.errors import SePruneError, nearest
 from se_prune.pipeline import progress
-from se_prune.records import ArchSpec, Budget, HistoryEntry, Plan, SiteSummary
-from se_prune.results import Latency, Run
+from se_prune.records import ArchSpec, Budget, HistoryEntry, Plan
+from se_prune.results import Latency, Run, SiteSummary
 from se_prune.runtimes import table
 from se_prune.schema import from_dict, from_json, to_dict, to_json
 from se_prune.training.loop import StepLog, TrainResult

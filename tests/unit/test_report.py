@@ -2,23 +2,16 @@
 
 import dataclasses
 import itertools
-import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
-from se_prune import text
-from se_prune.errors import SePruneError, UsageError
 from se_prune.records import SitePlan
-from se_prune.report import class_tables, figures, html, load_run, markdown, sections, tables, write_report
+from se_prune.report import class_tables, figures, html, markdown, sections, tables
 from se_prune.report.changes import class_changes
-from se_prune.results import Run
-from se_prune.schema import from_json, to_json
-from tests.runs import CLASSES, N_IMAGES, SITES, cost, evaluation, make_run, profile
+from tests.pages import Page
+from tests.runs import HOSTILE, SITES, cost, evaluation, hostile_run, make_run
 
-LINKS = ("src", "href", "action", "data", "poster", "srcset", "xlink:href")
-HOSTILE = '<script>alert("x")</script>|`*_[%{x}]&amp;<img src=x onerror=alert(1)>'
 SECTIONS = {
     "before-after": "Before and after",
     "stages": "Accuracy at each stage",
@@ -31,44 +24,6 @@ SECTIONS = {
     "left-out": "What the cost leaves out",
     "reproduce": "How to reproduce",
 }
-
-
-class Page(HTMLParser):
-    """What a browser would make of a report: elements, links, ids, the text outside of scripts, embedded JSON."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.tags, self.links, self.ids, self.words, self.tips = [], [], [], [], []
-        self.cells, self.in_cell = [], False
-        self.inside, self.handlers = None, []
-        self.feed(source)
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        self.tags.append(tag)
-        self.links += [values[name] for name in LINKS if name in values]
-        self.handlers += [name for name in values if name.startswith("on")]
-        self.ids += [values["id"]] if "id" in values else []
-        self.inside = tag if tag in {"script", "style"} else self.inside
-        if tag in {"td", "th"}:
-            self.cells.append("")
-            self.in_cell = True
-        self.tips += [values["data-tip"]] if "data-tip" in values else []
-
-    def handle_endtag(self, tag):
-        self.in_cell = self.in_cell and tag not in {"td", "th"}
-        if tag == self.inside:
-            self.inside = None
-
-    def handle_data(self, content):
-        if self.inside is None:
-            self.words.append(content)
-            if self.in_cell:
-                self.cells[-1] += content
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +39,6 @@ def page(run):
 @pytest.fixture(scope="module")
 def prose(run):
     return markdown.render([run])
-
-
-def test_three_files_are_written_and_the_json_reads_back(tmp_path, run):
-    written = write_report([run], tmp_path / "deep" / "half.html")
-    assert written == [tmp_path / "deep" / f"half.{suffix}" for suffix in ("html", "md", "json")]
-    assert sorted(tmp_path.rglob("*.*")) == sorted(written)
-    [record] = json.loads(written[2].read_text())
-    assert from_json(Run, json.dumps(record)) == run
-    assert record["stages"][0]["evaluation"]["predictions"] == list(run.stages[0].evaluation.predictions)
-    assert record["stages"][0]["evaluation"]["top1"] == 0.9431
-    assert load_run(written[2]) == run
 
 
 def test_the_page_is_one_file_that_opens_offline(run):
@@ -249,25 +193,6 @@ def test_one_stage_alone_claims_no_change():
     assert "run-1-classes" not in page.ids
 
 
-def hostile_run():
-    classes = (HOSTILE, *CLASSES[1:])
-    stages = tuple(
-        dataclasses.replace(stage, evaluation=evaluation(9000 + i, classes=classes))
-        for i, stage in enumerate(make_run().stages)
-    )
-    plan = make_run().plan
-    group = dataclasses.replace(plan.groups[0], name=HOSTILE, note=HOSTILE)
-    return make_run(
-        name=HOSTILE,
-        command=f"echo ```` {HOSTILE}",
-        classes=classes,
-        stages=stages,
-        plan=dataclasses.replace(plan, groups=(group, *plan.groups[1:])),
-        profiles=(profile(SITES[0], 16, 0.1, classes),),
-        environment={HOSTILE: HOSTILE},
-    )
-
-
 def test_hostile_names_stay_text_in_the_page(page):
     hostile = Page(html.render([hostile_run()]))
     assert hostile.handlers == []
@@ -346,71 +271,3 @@ def test_runs_on_different_data_are_not_compared_silently(run):
     warning = "The runs use different data (fashion-mnist, cifar10); their accuracies do not compare."
     assert warning in Page(html.render([run, other])).text
     assert warning not in Page(html.render([run, run])).text
-
-
-def test_no_run_and_no_html_name_are_refused(tmp_path, run):
-    with pytest.raises(UsageError, match="there is no run to report"):
-        write_report([], tmp_path / "a.html")
-    with pytest.raises(UsageError, match=r"got .*a\.pdf; give -o a name that ends in \.html"):
-        write_report([run], tmp_path / "a.pdf")
-    assert list(tmp_path.iterdir()) == []
-    assert write_report([run], tmp_path / "a")[0] == tmp_path / "a.html"
-
-
-def test_a_run_record_is_not_replaced_by_the_reports_json(tmp_path, run):
-    record = tmp_path / "half.json"
-    record.write_text(to_json(run))
-    with pytest.raises(
-        UsageError, match=r"would replace the run record .*half\.json; .* such as half-report\.html"
-    ):
-        write_report([run], tmp_path / "half.html")
-    assert load_run(record) == run
-    assert list(tmp_path.iterdir()) == [record]
-    for _ in range(2):
-        assert len(write_report([run], tmp_path / "half-report.html")) == 3
-
-
-def test_a_missing_or_damaged_record_says_what_to_do(tmp_path, run):
-    with pytest.raises(
-        SePruneError, match=r"cannot read the run record .*no\.json: No such file.*`se-prune run`"
-    ):
-        load_run(tmp_path / "no.json")
-    cases = {
-        to_json(run)[:-20]: r"is not valid: .*damaged or of another version; copy it again",
-        "{}": r"is not valid: .*repeat the run",
-        "[": r"is damaged \(",
-        f"[{to_json(run)},{to_json(run)}]": "report of 2 runs; give the record of one run",
-    }
-    for content, message in cases.items():
-        (tmp_path / "run.json").write_text(content)
-        with pytest.raises(SePruneError, match=message):
-            load_run(tmp_path / "run.json")
-
-
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        (text.percent(-0.001), "−0.1 %"),
-        (text.points(0.0), "0.00 points"),
-        (text.points(-0.000001), "0.00 points"),
-        (text.points(0.012), "+1.20 points"),
-        (text.share(1, 0), "–"),
-        (text.scaled(3_860_488_192), "3.860 G"),
-        (text.scaled(640), "640"),
-        (text.as_printed(11.3e9), "11.30 G"),
-        (text.as_printed(569e6), "569 M"),
-        (text.as_printed(4.7e6), "4.7 M"),
-        (text.as_printed(None), "–"),
-        (text.p_value(3e-9), "< 0.0001"),
-        (text.p_value(0.0123), "= 0.012"),
-        (text.significant(0.06531), "0.0653"),
-        (text.significant(1234.5), "1234"),
-        (text.duration(7500), "2 h 05 min"),
-        (text.duration(59.7), "1 min 00 s"),
-        (text.tiny(0.0), "0"),
-        (text.interval((0.5, 1.0)), "50.00–100.00 %"),
-        (text.count(N_IMAGES), "10,000"),
-    ],
-)
-def test_numbers_are_written_as_people_read_them(shown, expected):
-    assert shown == expected

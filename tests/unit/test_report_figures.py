@@ -22,8 +22,8 @@ from se_prune.report import (
 )
 from se_prune.report.plot import PALETTE, Band, Bar, Cell, Dot, Line, nice, shortened
 from se_prune.results import GateProfile
-from tests.runs import CLASSES, SITES, cost, evaluation, make_run, profile
-from tests.unit.test_report import HOSTILE, Page, hostile_run
+from tests.pages import Page
+from tests.runs import CLASSES, HOSTILE, SITES, cost, evaluation, hostile_run, make_run, profile
 
 
 @pytest.fixture(scope="module")

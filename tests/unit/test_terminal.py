@@ -7,8 +7,8 @@ from rich.console import Console
 from se_prune_cli.terminal import LEVELS, show_report
 
 from se_prune.report import html
-from tests.runs import CLASSES, cost, make_run
-from tests.unit.test_report import HOSTILE, Page, hostile_run
+from tests.pages import Page
+from tests.runs import CLASSES, HOSTILE, cost, hostile_run, make_run
 
 NUMBER = re.compile(r"[−+]?\d[\d,.]*\d|\d")
 
