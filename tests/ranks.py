@@ -154,6 +154,7 @@ def trained(
 def stopped(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Interrupt the second process within a step; return the weights of the resumed run, and what was said."""
     settings = replace(PLAIN, epochs=2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupt(log):
         if log.step == 2 and distributed.rank() == distributed.size() - 1:

@@ -275,7 +275,7 @@ REFUSED = {
     "safetensors, huge header": (header_of(2**62), ["not a whole safetensors file", "again"]),
     "safetensors, cut header": (header_of(100), ["not a whole safetensors file", "again"]),
     "safetensors, header of nonsense": (header_of(4, b"{]]}"), ["not a whole safetensors file", "again"]),
-    "integers": (lambda p: torch.save(INTEGERS, p), ["holds ids, mask, but no weights by name"]),
+    "integers": (lambda p: torch.save(INTEGERS, p), ["'ids' is of type int64", "open the float checkpoint"]),
     "nested dictionaries": (lambda p: torch.save({"a": {"b": {"c": 1}}}, p), ["holds a, but no weights"]),
     "zeros": (
         lambda p: torch.save({"a": torch.zeros(2, 2), "b": torch.ones(2)}, p),
