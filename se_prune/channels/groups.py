@@ -155,7 +155,8 @@ def _leaving(
 ) -> tuple[int, tuple[tuple[int, ...], ...], str | None]:
     """Return how many channels leave together, the units where they are irregular, and why nothing can leave.
 
-    `along` are channels that take one another along, every channel in one.
+    `along` are channels that take one another along, every channel in one. They count where each takes one channel of
+    every equal part, as a concatenation joins parts; where neighbours do, torch-pruning has guessed what a reshape does.
     """
     reason = _unfollowed(channels, shuffles, splits)
     if along and shuffles:
@@ -182,12 +183,13 @@ def _leaving(
     tied = regular(channels, sharings, rows)
     if tied is not None and (not rows or tied <= max(len(r) for r in rows) ** 2):
         return tied, (), None
-    units = irregular(channels, sharings, rows)
+    units = () if along else irregular(channels, sharings, rows)
     if units and len(units[0]) < channels:
         return len(units[0]), units, None
+    reason = "no part of its channels leaves grouped convolutions and channel shuffles equal shares"
     if narrow:
-        return 1, (), f"the groups of {narrow[0]} have one channel each"
-    return 1, (), "no part of its channels leaves grouped convolutions and channel shuffles equal shares"
+        reason = f"the groups of {narrow[0]} have one channel each"
+    return 1, (), "some of its channels take others along" if along else reason
 
 
 def _unfollowed(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from se_prune.channels.groups import _leaving
 from se_prune.errors import SurgeryError
 from se_prune.surgery.cut import cut, verify
 from tests.coupled import IMAGES, groups_of, planned
@@ -53,3 +54,9 @@ def test_half_of_a_pair_cannot_leave():
 def test_maps_of_two_convolutions_leave_one_by_one():
     found = groups_of(Ghost(8, joined=False).eval())
     assert found["stem"].group.together == tuple((i,) for i in range(8))
+
+
+def test_neighbours_that_a_reshape_is_guessed_to_join_stay():
+    assert _leaving(4, [], {}, [], [], along=[[0, 2], [1, 3]]) == (2, (), None)
+    tied, units, reason = _leaving(4, [], {}, [], [], along=[[0, 1], [2, 3]])
+    assert (tied, units, reason) == (1, (), "some of its channels take others along")
