@@ -156,7 +156,7 @@ def _leaving(
     """Return how many channels leave together, the units where they are irregular, and why nothing can leave.
 
     `along` are channels that take one another along, every channel in one. They count where each takes one channel of
-    every equal part, as a concatenation joins parts; where neighbours do, torch-pruning has guessed what a reshape does.
+    every equal part, as a concatenation joins parts; where neighbours do, torch-pruning has guessed a reshape.
     """
     reason = _unfollowed(channels, shuffles, splits)
     if along and shuffles:
