@@ -16,7 +16,7 @@ from se_prune.schema import to_dict
 from se_prune.surgery.refit import HELD_OUT, refit
 from se_prune.surgery.repair import recalibrate_bn, recalibrate_where_nearer
 
-#: Images that least squares is fitted on, at most; many with few positions of each do better than few with many.
+#: Images that least squares is fitted on, at most; of each only some positions are taken (`gates.moments`).
 REFIT_IMAGES = 2048
 
 

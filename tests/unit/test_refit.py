@@ -6,18 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from se_prune.channels import couplings
 from se_prune.data.batches import TensorImages
 from se_prune.errors import DataError
 from se_prune.gates import moments
-from se_prune.gates.sites import find_sites
-from se_prune.records import Budget, GroupPlan, Plan, Preprocessing
+from se_prune.records import Preprocessing
 from se_prune.surgery import fit
 from se_prune.surgery import refit as module_under_test
 from se_prune.surgery.cut import cut
 from se_prune.surgery.refit import refit
 from se_prune.surgery.repair import recalibrate_bn
 from tests.built import built, random_plan
+from tests.coupled import without
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(input_size=(2, 6, 6), mean=(0.5, 0.5), std=(0.25, 0.25))
@@ -57,33 +56,6 @@ def images(n=60, seed=4):
 
 def batch(split):
     return next(iter(split.batches(len(split), PREPROCESSING)))[0]
-
-
-def without(model, removed):
-    """Return the couplings, the plan that removes channels of layer `a`, and the cut network."""
-    example = torch.zeros(1, 2, 6, 6)
-    found = couplings(model, example, find_sites(model, example))
-    groups = tuple(
-        GroupPlan(
-            name=c.group.name,
-            kind=c.group.kind,
-            channels=c.group.channels,
-            removed=removed if "a" in c.layers("out") else (),
-        )
-        for c in found
-    )
-    plan = Plan(
-        criterion="random",
-        budget=Budget(kind="sparsity", value=0.3),
-        round_to=1,
-        min_channels=1,
-        groups=groups,
-        macs_before=1,
-        macs_after=1,
-        params_before=1,
-        params_after=1,
-    )
-    return found, plan, cut(model, example, plan)
 
 
 @pytest.fixture

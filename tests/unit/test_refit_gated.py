@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from se_prune.channels import couplings
 from se_prune.data.batches import TensorImages
 from se_prune.gates.sites import find_sites
 from se_prune.gates.tap import tap
-from se_prune.records import Budget, GroupPlan, Plan, Preprocessing, SitePlan
+from se_prune.records import Preprocessing
 from se_prune.surgery import fit
-from se_prune.surgery.cut import cut
 from se_prune.surgery.refit import refit
+from tests.coupled import without
 from tests.nets import ConvSE
 
 PREPROCESSING = Preprocessing(input_size=(2, 6, 6), mean=(0.5, 0.5), std=(0.25, 0.25))
@@ -52,32 +51,9 @@ def images(n=60, seed=4):
 
 def fitted(model, *, folded=False):
     """Remove channels 0 and 3 of layer `a`, re-fit, and return the network."""
-    example = torch.zeros(1, 2, 6, 6)
-    sites = find_sites(model, example)
+    sites = find_sites(model, torch.zeros(1, 2, 6, 6))
     assert [site.channels for site in sites] == [4]
-    found = couplings(model, example, sites)
-    groups = tuple(
-        GroupPlan(
-            name=c.group.name,
-            kind=c.group.kind,
-            channels=c.group.channels,
-            removed=(0, 3) if "a" in c.layers("out") else (),
-        )
-        for c in found
-    )
-    plan = Plan(
-        criterion="random",
-        budget=Budget(kind="sparsity", value=0.3),
-        round_to=1,
-        min_channels=1,
-        groups=groups,
-        macs_before=1,
-        macs_after=1,
-        params_before=1,
-        params_after=1,
-        sites=(SitePlan(name=sites[0].name, action="fold", loss=0.0),) if folded else (),
-    )
-    small = cut(model, example, plan)
+    found, plan, small = without(model, (0, 3), fold=[sites[0].name] if folded else [])
     fits = refit(
         model,
         small,
