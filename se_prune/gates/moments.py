@@ -96,6 +96,20 @@ def in_float64(sums: torch.Tensor) -> torch.Tensor:
     return sums.cpu().double() if sums.device.type == "mps" else sums.double()
 
 
+def definite_factor(matrices: torch.Tensor) -> torch.Tensor:
+    """Return the Cholesky factors (…, I, I) of second moments; NaN for a matrix that is not positive definite.
+
+    Not LU: its batched form on two CPU threads fails at random in MKL.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    return factor.masked_fill(info[..., None, None] != 0, torch.nan)
+
+
+def solve_definite(matrices: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the solutions (…, I, O) for positive definite matrices (…, I, I) and targets (…, I, O)."""
+    return torch.cholesky_solve(targets, definite_factor(matrices))
+
+
 @contextlib.contextmanager
 def collect_grams(model: nn.Module, layers: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
     """While open, sum the Gram matrix of every layer's inputs over the images that the network runs.

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from se_prune.gates.moments import LAYER_TYPES, collect_grams, grouped_weights, has_rows
+from se_prune.gates.moments import (
+    LAYER_TYPES,
+    collect_grams,
+    definite_factor,
+    grouped_weights,
+    has_rows,
+    solve_definite,
+)
 from se_prune.records import Coupling, LayerSlice
 from se_prune.scoring.energy import add_energy
 from se_prune.scoring.registry import Evidence, criterion
@@ -46,7 +53,7 @@ class _Consumer:
         chosen = self.inputs[units]  # (n, K)
         own = self.inverse[chosen[:, :, None], chosen[:, None, :]]
         weights = self.weights[chosen]
-        fitted: torch.Tensor = torch.linalg.solve(own, weights)
+        fitted = solve_definite(own, weights)
         return (weights * fitted).sum((1, 2))
 
     def remove(self, units: torch.Tensor) -> float:
@@ -54,7 +61,7 @@ class _Consumer:
         chosen = self.inputs[units].flatten()
         columns = self.inverse[:, chosen]
         weights = self.weights[chosen]
-        step = torch.linalg.solve(columns[chosen], torch.cat([weights, columns.T], 1))
+        step = solve_definite(columns[chosen], torch.cat([weights, columns.T], 1))
         fitted, update = step.split([weights.shape[1], len(columns)], 1)
         self.weights -= columns @ fitted
         self.inverse -= columns @ update
@@ -146,7 +153,9 @@ def _consumers(piece: LayerSlice, units: int, signal: Signal, grams: torch.Tenso
     for second, weight, gain in zip(moments, weights, gains, strict=True):
         ridge = (RIDGE * second.diagonal().mean()).clamp_min(1e-12)
         yield _Consumer(
-            inverse=torch.linalg.inv(second + ridge * torch.eye(len(second)).to(second)),
+            inverse=torch.cholesky_inverse(
+                definite_factor(second + ridge * torch.eye(len(second)).to(second))
+            ),
             weights=weight * (gain / max(whole, 1e-30)).sqrt(),
             inputs=inputs,
         )

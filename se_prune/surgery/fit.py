@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from se_prune import distributed
-from se_prune.gates.moments import PATCH_ELEMENTS, grouped_weights, in_float64, input_rows
+from se_prune.gates.moments import PATCH_ELEMENTS, grouped_weights, in_float64, input_rows, solve_definite
 from se_prune.records import LayerRefit
 
 #: λ, as a share of the mean diagonal of the Gram matrix.
@@ -183,5 +183,5 @@ def _step(moments: _Moments, current: torch.Tensor, *, constant: bool) -> torch.
     if constant:
         penalty[:, -1] = 0
     step = torch.zeros_like(current)
-    step[:, :free] = torch.linalg.solve(gram + torch.diag_embed(penalty), residual)
+    step[:, :free] = solve_definite(gram + torch.diag_embed(penalty), residual)
     return step
