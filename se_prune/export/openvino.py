@@ -13,7 +13,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,16 +69,37 @@ def _int8(model: Any, subject: Subject) -> Any:
             )
 
 
-def open_file(path: Path, subject: Subject, threads: int) -> Run:
-    """Return what runs a pair of files, in float32 where nothing is int8."""
-    import openvino
+def compiled(source: Path | bytes, threads: int, size: Sequence[int] | None = None, **settings: Any) -> Any:
+    """Compile a file, or the content of an ONNX file, for the CPU, in float32 where nothing is int8.
 
+    Args:
+        source: The model.
+        threads: CPU threads.
+        size: The size of its one input (N, …), where it is to be fixed; any number of images where None.
+        **settings: Further settings of the runtime.
+    """
+    with without_telemetry():
+        import openvino
+
+    core = openvino.Core()
+    model = core.read_model(source)
+    if size is not None:
+        model.reshape(list(size))
+    usual = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,  # a thread bound to a processor waits there for other programs
+    }
+    return core.compile_model(model, "CPU", {**usual, **settings})
+
+
+def open_file(path: Path, subject: Subject, threads: int) -> Run:
+    """Return what runs a pair of files."""
     del subject  # the file knows all
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    network = compiled(path, threads)
 
     def run(images: NDArray[Any]) -> NDArray[np.float32]:
-        return np.array(compiled(images)[0])
+        return np.array(network(images)[0])
 
     return run
 
