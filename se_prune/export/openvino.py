@@ -1,6 +1,8 @@
 """OpenVINO: an `.xml` with its `.bin`, made of the ONNX model; int8 by NNCF.
 
-NNCF's overflow fix keeps weights in 7 bits, so that nothing saturates on CPUs without VNNI. Class names and
+NNCF's overflow fix keeps weights in 7 bits, so that nothing saturates on CPUs without VNNI. Activations keep the whole
+range seen in calibration: the mean of the images' ranges, NNCF's own choice, cuts off the few large values of gated
+channels (17.5 dB against 26.6 dB of the logits of SE-MobileNet at half of its MACs). Class names and
 preprocessing are the model's runtime information `se_prune`, as JSON. Both packages would send usage data through
 openvino-telemetry; it is not imported. The packages are imported inside functions only.
 
@@ -57,6 +59,7 @@ def _int8(model: Any, subject: Subject) -> Any:
     with without_telemetry(), quiet("nncf"):
         import nncf
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
+        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
         images = subject.calibration.numpy()
         with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
@@ -65,7 +68,10 @@ def _int8(model: Any, subject: Subject) -> Any:
                 nncf.Dataset([images[i : i + 1] for i in range(len(images))]),
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(images),
-                advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
+                advanced_parameters=AdvancedQuantizationParameters(
+                    overflow_fix=OverflowFix.ENABLE,
+                    activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+                ),
             )
 
 
