@@ -11,6 +11,7 @@ changes a buffer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,7 @@ class Tape:
     """The operations of a pass over batches of one size, and before which of them each layer began.
 
     Of every storage: the bytes, the operation that made it (-1 for the network's input, number 0), the last that used
-    it. `whole` is False where the pass cannot be replayed.
+    it. `weights` are the bytes that are live before each operation. `whole` is False where the pass cannot be replayed.
     """
 
     operations: list[_Operation] = field(default_factory=list)
@@ -72,21 +73,26 @@ class Tape:
     used: list[int] = field(default_factory=list)
     starts: dict[str, int] = field(default_factory=dict)
     whole: bool = True
+    weights: list[int] = field(default_factory=list)
 
     def live(self, point: int) -> list[int]:
         """Return the storages that a pass from operation `point` on needs."""
         return [s for s, born in enumerate(self.born) if born < point <= self.used[s]]
 
-    def weight(self, point: int) -> int:
-        """Return their bytes."""
-        return sum(self.sizes[s] for s in self.live(point))
+    def close(self) -> None:
+        """Add up the bytes that are live before each operation, and after the last, when all are there."""
+        changes = [0] * (len(self.operations) + 2)
+        for size, born, used in zip(self.sizes, self.born, self.used, strict=True):
+            changes[born + 1] += size
+            changes[used + 1] -= size
+        self.weights = list(itertools.accumulate(changes))
 
     def next_point(self, start: int, stop: int) -> int | None:
         """Return where a pass from `start` to `stop` best puts down what is live, None where that is not worth it."""
         saved, best, found = 0, WORTH, None
         for point in range(start + 1, stop + 1):
             saved += sum(self.sizes[made.storage] for made in self.operations[point - 1].made)
-            gain = saved / max(1, self.weight(point))
+            gain = saved / max(1, self.weights[point])
             if gain >= best:
                 best, found = gain, point
         return found
@@ -97,7 +103,7 @@ class Tape:
         for stop in sorted(self.starts.values()):
             point = self.next_point(start, stop)
             if point is not None:
-                start, most = point, max(most, self.weight(point))
+                start, most = point, max(most, self.weights[point])
         return most
 
 
@@ -256,6 +262,7 @@ def record(model: nn.Module, images: torch.Tensor, layers: Mapping[str, nn.Modul
     finally:
         for handle in handles:
             handle.remove()
+    recorder.tape.close()
     return recorder.tape
 
 

@@ -189,3 +189,15 @@ def test_a_full_disk_says_what_to_do():
     ):
         Spill(file=Full()).put(torch.zeros(3))
     assert spill_module.room() > 0
+
+
+@torch.no_grad()
+def test_the_bytes_that_are_live_are_those_of_the_storages():
+    torch.manual_seed(0)
+    tape = record(InPlace().eval(), example(5, 2, 8, 8), {})
+    assert len(tape.operations) > 15
+    by_hand = [sum(tape.sizes[s] for s in tape.live(point)) for point in range(len(tape.operations) + 1)]
+    assert tape.weights[: len(by_hand)] == by_hand
+    assert len(set(by_hand)) > 4
+    assert by_hand[0] == 5 * 2 * 8 * 8 * 4  # the images
+    assert by_hand[-1] == 0
