@@ -23,16 +23,18 @@ from se_prune.data.source import balanced_subset
 
 NET = ["zoo:se_resnet20", "--pretrained"]
 TUNED = [*NET, "--teacher", NET[0], "--teacher-pretrained", "--epochs", "3", "--batch-size", "48"]
-#: The command, the file that must be the same to the bit, and how many kills each series of starts gets.
-JOBS: dict[str, tuple[list[str], str, tuple[int, ...]]] = {
+#: The command, the file that must be the same to the bit, and how many kills it gets.
+JOBS: dict[str, tuple[list[str], str, int]] = {
     "finetune": (
         ["finetune", *TUNED, "--data", "data", "-o", "out/net.safetensors"],
         "net.safetensors",
-        (4, 4),
+        8,
     ),
-    "analyze": (["analyze", *NET, "--data", "data", "-o", "out/s.safetensors"], "s.safetensors", (2, 2)),
-    "run": (["run", "recipe.toml", "-o", "out"], "pruned.safetensors", (4, 4)),
+    "analyze": (["analyze", *NET, "--data", "data", "-o", "out/s.safetensors"], "s.safetensors", 4),
+    "run": (["run", "recipe.toml", "-o", "out"], "pruned.safetensors", 8),
 }
+#: After so many kills in a row the command is left to end.
+SERIES = 4
 #: Within an epoch the state is saved every so many seconds here, since the real epochs are short.
 SAVE_SECONDS = 0.5
 SCRIPT = f"""
@@ -114,7 +116,7 @@ def _finish(arguments: list[str], place: Path) -> None:
 
 
 def _study(job: str, place: Path) -> Iterator[dict[str, Any]]:
-    arguments, file, series = JOBS[job]
+    arguments, file, left = JOBS[job]
     out = place / "out"
     clock = time.monotonic()
     _finish(arguments, place)
@@ -122,9 +124,9 @@ def _study(job: str, place: Path) -> Iterator[dict[str, Any]]:
     wanted, names = _digest(out / file), _names(out)
     shutil.rmtree(out)
     draw = random.Random(job)  # noqa: S311 - moments, no secret
-    for count in series:
-        after = []
-        for _ in range(count):
+    while left:
+        after: list[float] = []
+        while len(after) < min(SERIES, left):
             process, moment = _start(arguments, place), draw.uniform(0, takes)
             try:
                 process.wait(moment)
@@ -133,6 +135,7 @@ def _study(job: str, place: Path) -> Iterator[dict[str, Any]]:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
                 after.append(moment)
+        left -= len(after)
         _finish(arguments, place)
         stray = sorted(set(_names(out)) - set(names))
         row = {

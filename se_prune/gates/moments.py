@@ -114,6 +114,7 @@ def definite_factor(matrices: torch.Tensor) -> torch.Tensor:
 
     Not LU: its batched form on two CPU threads fails at random in MKL.
     """
+    factor: torch.Tensor
     factor, info = torch.linalg.cholesky_ex(matrices)
     return factor.masked_fill(info[..., None, None] != 0, torch.nan)
 

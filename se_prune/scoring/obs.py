@@ -62,7 +62,7 @@ class _Consumer:
         columns = self.inverse[:, chosen]
         weights = self.weights[chosen]
         step = solve_definite(columns[chosen], torch.cat([weights, columns.T], 1))
-        fitted, update = step.split([weights.shape[1], len(columns)], 1)
+        fitted, update = torch.split(step, [weights.shape[1], len(columns)], 1)
         self.weights -= columns @ fitted
         self.inverse -= columns @ update
         return float((weights * fitted).sum())
