@@ -2,9 +2,9 @@
 
 Shapes: N images, G groups of a layer (1 but for grouped convolutions), R rows (N × output positions), I inputs of a
 group (its input channels × kernel positions). Products of some images at a time are float32, their sums float64:
-float64 products as well
-change the held-out errors of SE-ResNet-20's layers (40 % of the MACs kept, 512 images) by 2e-5 of themselves in the
-median and 1.5e-4 at most, the repaired network's logits by 2e-4, and its top-1 on 2,000 images not at all.
+float64 products as well change the held-out errors of SE-ResNet-20's layers (40 % of the MACs kept, 512 images) by
+2e-5 of themselves in the median and 1.5e-4 at most, the logits of the repaired network by 2e-4, and its top-1 on 2,000
+test images not at all.
 """
 
 from __future__ import annotations
