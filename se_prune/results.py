@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any, ClassVar, Literal
 
-from se_prune.records import ArchSpec, Cost, Plan
+from se_prune.records import ArchSpec, Cost, GroupKind, Plan
 from se_prune.schema import FORBID_EXTRA, SCHEMA_VERSION, record
 
 
@@ -150,8 +150,23 @@ class GateProfile:
 
 
 @record
+class GroupSensitivity:
+    """What a channel group is predicted to lose with so many of its channels, as a share of the recalibrated signal."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
+    name: str
+    kind: GroupKind
+    channels: int
+    removed: tuple[int, ...]
+    predicted_loss: tuple[float, ...]
+
+
+@record
 class GateReport:
-    """What `analyze` shows of a network's gates on `n` training images; `environment` as in `Run`."""
+    """What `analyze` shows of a network's gates on `n` training images; `environment` as in `Run`.
+
+    `sensitivity` has the channel groups, the most sensitive first, as `criterion` predicts it.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -164,6 +179,8 @@ class GateReport:
     environment: dict[str, str]
     sites: tuple[SiteSummary, ...]
     profiles: tuple[GateProfile, ...]
+    sensitivity: tuple[GroupSensitivity, ...] = ()
+    criterion: str = ""
 
 
 @record

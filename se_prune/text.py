@@ -5,6 +5,12 @@ from __future__ import annotations
 import math
 
 MISSING = "–"
+#: What the predicted loss of some criteria counts with.
+PREDICTS = {
+    "gate-energy": "It counts with no repair.",
+    "gate-obs": "It counts with a least-squares repair that is perfect.",
+    "excitation": "It counts with the least-squares repair.",
+}
 
 
 def percent(fraction: float, digits: int = 1) -> str:
@@ -33,6 +39,12 @@ def points_interval(bounds: tuple[float, float], digits: int = 1) -> str:
     """Write a 95 % interval of a difference of fractions: "−3.1 to +0.4 points"."""
     low, high = (points(end, digits).removesuffix(" points") for end in bounds)
     return f"{low} to {high} points"
+
+
+def loss(fraction: float) -> str:
+    """Write a predicted loss, a share of a signal, with about two digits: 0.0034 is "0.34 %"; it may pass 100 %."""
+    value = 100 * fraction
+    return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
 
 
 def count(number: int) -> str:

@@ -10,7 +10,7 @@ from se_prune import text
 
 if TYPE_CHECKING:
     from se_prune.records import Cost, LayerRefit, Plan, PlannedLatency, SitePlan
-    from se_prune.results import BenchRow, Evaluation, OperationTime, SiteSummary
+    from se_prune.results import BenchRow, Evaluation, GroupSensitivity, OperationTime, SiteSummary
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -84,6 +84,13 @@ def site_rows(sites: Sequence[SiteSummary]) -> Table:
             s.advice,
         ]
         for s in sites
+    ]
+
+
+def sensitivity_rows(groups: Sequence[GroupSensitivity]) -> Table:
+    """Return what channel groups are predicted to lose with some of their channels."""
+    return ["group", "kind", "channels", "¼ removed", "½ removed", "¾ removed"], [
+        [g.name, g.kind, str(g.channels), *map(text.loss, g.predicted_loss)] for g in groups
     ]
 
 

@@ -29,6 +29,7 @@ STUDIES = (
     "max_drop",
     "report",
     "graph_cost",
+    "refit_cost",
 )
 #: Those that need files which are not ours, named by the environment.
 NAMED = ("onnx_in", "picture", "full_finetune")

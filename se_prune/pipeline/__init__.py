@@ -21,6 +21,7 @@ from se_prune.pipeline.measure import (
 )
 from se_prune.pipeline.outline import Outline, outline
 from se_prune.pipeline.run import RunOutcome, run_recipe
+from se_prune.pipeline.sensitivity import sensitivities
 from se_prune.pipeline.sweep import Point, Sweep, pareto, sweep
 from se_prune.pipeline.training import assess, finetune, new_network, train
 from se_prune.preprocessing import example_input
@@ -58,6 +59,7 @@ __all__ = [
     "require_classes",
     "resolve_rounding",
     "run_recipe",
+    "sensitivities",
     "structure",
     "sweep",
     "train",

@@ -35,7 +35,15 @@ from se_prune.pipeline.parts import layer_parts, part_operations
 from se_prune.preprocessing import example_input
 from se_prune.records import GateSite, Plan, Preprocessing
 from se_prune.report import card
-from se_prune.results import ChangedImage, Evaluation, GateProfile, GateReport, OperationTime, PairedTest
+from se_prune.results import (
+    ChangedImage,
+    Evaluation,
+    GateProfile,
+    GateReport,
+    GroupSensitivity,
+    OperationTime,
+    PairedTest,
+)
 from se_prune.runtimes import require_runtime
 from se_prune.runtimes.bench import Setting
 
@@ -94,6 +102,8 @@ def gate_report(
     outlook: str,
     device: torch.device,
     classes: Sequence[str] = (),
+    sensitivity: Sequence[GroupSensitivity] = (),
+    criterion: str = "",
 ) -> GateReport:
     """Return the record of a page on one network's gates.
 
@@ -106,6 +116,8 @@ def gate_report(
         outlook: The sentence on how alive the gates are.
         device: Where they were measured.
         classes: Whose gates are drawn; those whose gates differ most where none are given.
+        sensitivity: What the channel groups are predicted to lose.
+        criterion: What predicts it.
     """
     return GateReport(
         name=name,
@@ -117,6 +129,8 @@ def gate_report(
         environment=environment(device),
         sites=summarise(statistics),
         profiles=profiles(statistics, classes),
+        sensitivity=tuple(sensitivity),
+        criterion=criterion if sensitivity else "",
     )
 
 

@@ -9,15 +9,20 @@ from torch import nn
 
 from se_prune.artifact import Network
 from se_prune.data.source import Split, balanced_subset
+from se_prune.device import inference_batch
 from se_prune.gates.trace import trace
 from se_prune.pipeline.measure import Reporter, Structure
-from se_prune.records import LayerRefit, Plan, RepairMode
+from se_prune.records import LayerRefit, Plan, Preprocessing, RepairMode
 from se_prune.schema import to_dict
 from se_prune.surgery.refit import HELD_OUT, refit
 from se_prune.surgery.repair import recalibrate_bn, recalibrate_where_nearer
 
 #: Images that least squares is fitted on, at most; of each only some positions are taken (`gates.moments`).
 REFIT_IMAGES = 2048
+#: Images that run at once: of least squares, and of BN statistics, whose averages are of whole batches.
+REFIT_BATCH, BN_BATCH = 128, 250
+#: Positions of images that run at once, where that is more than a batch of plain inference; larger ones take memory.
+BATCH_POSITIONS = 1 << 20
 
 
 def repair_network(
@@ -33,11 +38,17 @@ def repair_network(
 ) -> tuple[dict[str, Any], tuple[LayerRefit, ...]]:
     """Repair a cut module in place; return what was done, for the history, and the layers' fits."""
     preprocessing = dense.header.preprocessing
+    most = batch_of(preprocessing, device)
     done: dict[str, Any] = {"images": len(subset)}
     if mode == "bn":
         with show.stage("repair: BN statistics", len(subset)) as update:
             done["bn_recalibrated"] = recalibrate_bn(
-                module, subset, preprocessing, device=device, on_batch=update
+                module,
+                subset,
+                preprocessing,
+                device=device,
+                batch_size=min(BN_BATCH, most),
+                on_batch=update,
             )
         module.cpu()
         return done, ()
@@ -51,6 +62,7 @@ def repair_network(
             split=fitted,
             preprocessing=preprocessing,
             device=device,
+            batch_size=min(REFIT_BATCH, most),
             sites=found.sites,
             changed=layers_after_folds(dense.module, found, chosen),
             on_images=update,
@@ -65,6 +77,7 @@ def repair_network(
             ),  # least squares has not seen these
             preprocessing,
             device=device,
+            batch_size=min(BN_BATCH, most),
             on_batch=update,
         )
     dense.module.cpu()
@@ -75,6 +88,12 @@ def repair_network(
         "bn_recalibrated": count,
         "divergence": [before, after],
     }, fits
+
+
+def batch_of(preprocessing: Preprocessing, device: torch.device) -> int:
+    """Return how many images of a size may run at once in a repair, so that it takes little more than inference."""
+    _, height, width = preprocessing.input_size
+    return max(inference_batch(device), BATCH_POSITIONS // (height * width))
 
 
 def layers_after_folds(dense: nn.Module, found: Structure, chosen: Plan) -> list[str]:

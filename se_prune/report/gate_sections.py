@@ -59,6 +59,7 @@ def of_gates(report: GateReport, profile_chars: float | None) -> list[Section]:
             figures=charts,
             tables=() if table is None else (table,),
         ),
+        *_sensitivity(report),
         Section(
             key="reproduce",
             title="How to reproduce",
@@ -66,6 +67,26 @@ def of_gates(report: GateReport, profile_chars: float | None) -> list[Section]:
             command=report.command,
             tables=environment,
         ),
+    ]
+
+
+def _sensitivity(report: GateReport) -> list[Section]:
+    """Return the section on what channel groups are predicted to lose; none where that is not known."""
+    rows = report.sensitivity
+    if not rows:
+        return []
+    said = (
+        f"What is predicted to be lost with some of a group's channels, the lowest of {report.criterion} first, "
+        " as a share of the recalibrated signal of the layers that read them; the most sensitive groups stand "
+        f"first. {text.PREDICTS.get(report.criterion, '')}"
+    )
+    return [
+        Section(
+            key="sensitivity",
+            title="What channel groups would lose",
+            paragraphs=(said.strip(),),
+            tables=(tables.sensitivity(rows),),
+        )
     ]
 
 

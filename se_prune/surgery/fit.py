@@ -6,7 +6,6 @@ input channels × kernel positions, and 1 for the bias), O outputs of a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,8 @@ from se_prune.records import LayerRefit
 RIDGE = 1e-3
 #: Bytes of a layer's Gram matrices, one per gated output; where more would be needed, its outputs share a mean weight.
 GATED_BYTES = 1 << 28
+#: Bytes of Gram matrices that are solved at a time.
+SOLVED_BYTES = 1 << 25
 #: Least weight of an output: a gate that is always shut leaves its filter as it is.
 LEAST_WEIGHT = 1e-6
 
@@ -83,105 +84,110 @@ class _Moments:
         return float(fitted / spread.clamp_min(torch.finfo(torch.float64).tiny))
 
 
-@dataclass(slots=True, kw_only=True)
-class Wanted:
-    """What the dense network computed: a layer's kept outputs, and the gates (N, O) that scale them.
+class LayerFit:
+    """The fit of one layer to the dense responses, from batches of images as they come; never from all at once.
 
-    Outputs are (N, O, P) of a convolution, (…, O) of a linear layer.
+    Each output is weighted by the square of its gate, where gates are given with every batch.
     """
 
-    outputs: torch.Tensor
-    gates: torch.Tensor | None
+    def __init__(
+        self, name: str, module: nn.Conv2d | nn.Linear, *, norm: nn.Module | None, gated: bool
+    ) -> None:
+        self.name, self.module, self.norm = name, module, norm
+        weight = in_float64(grouped_weights(module))  # (G, I, O)
+        self.shape = weight.shape
+        groups, inputs, outputs = weight.shape
+        self.separate = gated and 8 * groups * outputs * (inputs + 1) ** 2 <= GATED_BYTES
+        if self.separate:  # every output is a group by itself
+            weight = weight.mT.reshape(-1, inputs, 1)
+        self.bias = weight.new_zeros(weight.shape[0], 1, weight.shape[2])
+        if module.bias is not None:
+            self.bias = in_float64(module.bias).view_as(self.bias)
+        self.current = torch.cat([weight, self.bias], 1)
+        self.fitting, self.checking = (_Moments.like(self.current) for _ in range(2))
 
+    def add(
+        self,
+        features: torch.Tensor,
+        responses: torch.Tensor,
+        gates: torch.Tensor | None,
+        *,
+        held_out: torch.Tensor,
+    ) -> None:
+        """Add a batch.
 
-def fit_layer(
-    name: str,
-    module: nn.Conv2d | nn.Linear,
-    features: torch.Tensor,
-    wanted: Wanted,
-    *,
-    held_out: torch.Tensor,
-    norm: nn.Module | None,
-) -> LayerRefit:
-    """Fit one layer to the dense responses; its weights change where the held-out error falls."""
-    weight = in_float64(grouped_weights(module))  # (G, I, O)
-    weights = None if wanted.gates is None else _weights(wanted.gates, weight.shape)
-    if weights is not None and weights.shape[2] > 1:  # every output is a group by itself
-        weight = weight.mT.reshape(-1, weight.shape[1], 1)
-    bias = weight.new_zeros(weight.shape[0], 1, weight.shape[2])
-    if module.bias is not None:
-        bias = in_float64(module.bias).view_as(bias)
-    current = torch.cat([weight, bias], 1)
-    fitting, checking = (
-        _moments(
-            current,
-            module,
-            features[chosen],
-            wanted.outputs[chosen],
-            None if weights is None else weights[chosen],
+        Args:
+            features: What the layer reads.
+            responses: What the dense network computed there: (N, O, P) of a convolution, (…, O) of a linear layer.
+            gates: The gates (N, O) that scale it in the dense network.
+            held_out: Which images (N,) only check the fit.
+        """
+        weights = None if gates is None else self._weights(gates)
+        for sums, chosen in ((self.fitting, ~held_out), (self.checking, held_out)):
+            if bool(chosen.any()):
+                own = None if weights is None else weights[chosen]
+                self._add(sums, features[chosen], responses[chosen], own)
+
+    def _weights(self, gates: torch.Tensor) -> torch.Tensor:
+        """Return the weights of the outputs (N, G, O) by their gates (N, G × O); (N, 1, 1) where memory is short."""
+        squares = gates.square().clamp_min(LEAST_WEIGHT)
+        return (
+            squares.view(-1, self.shape[0], self.shape[2])
+            if self.separate
+            else squares.mean(1)[:, None, None]
         )
-        for chosen in (~held_out, held_out)
-    )
-    if norm is not None:  # what BN recalibration does for any weights
-        current[:, -1] += (fitting.xy[:, -1] - (fitting.xx[:, -1:] @ current)[:, 0]) / fitting.rows
-    new = current + _step(fitting, current, constant=module.bias is not None or norm is not None)
-    before, after = checking.error(current), checking.error(new)
-    kept = bool(torch.isfinite(new).all()) and after < before
-    best = new if kept else current
-    module.weight.copy_(best[:, :-1].mT.reshape(module.weight.shape))
-    if norm is not None:
-        mean = norm.running_mean
-        assert isinstance(mean, torch.Tensor)
-        mean.sub_((best[:, -1:] - bias).flatten().to(mean))
-    elif module.bias is not None:
-        module.bias.copy_(best[:, -1].flatten())
-    return LayerRefit(layer=name, error_before=before, error_after=after, kept=kept)
 
+    def _add(
+        self, sums: _Moments, features: torch.Tensor, responses: torch.Tensor, weights: torch.Tensor | None
+    ) -> None:
+        for part, rows in input_rows(self.module, features):
+            target = responses[part]
+            if isinstance(self.module, nn.Conv2d):
+                grouped = target.view(len(target), len(rows), -1, target.shape[2])  # (N, G, O, P)
+                target = grouped.permute(1, 0, 3, 2)
+            target = target.reshape(*rows.shape[:2], -1)
+            if weights is None:
+                sums.add(rows, target)
+            elif self.separate:
+                sums.add_weighted(rows, target, weights[part])
+            else:
+                root = weights[part].sqrt().view(-1, 1, 1).expand(-1, rows.shape[1] // len(weights[part]), 1)
+                sums.add(rows * root.reshape(1, -1, 1), target * root.reshape(1, -1, 1))
 
-def _weights(gates: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return the weights of the outputs (N, G, O) by their gates (N, G × O); (N, 1, 1) where memory is short."""
-    groups, inputs, outputs = shape
-    squares = gates.square().clamp_min(LEAST_WEIGHT)
-    if 8 * groups * outputs * (inputs + 1) ** 2 > GATED_BYTES:
-        return squares.mean(1)[:, None, None]
-    return squares.view(-1, groups, outputs)
-
-
-def _moments(
-    current: torch.Tensor,
-    module: nn.Conv2d | nn.Linear,
-    features: torch.Tensor,
-    response: torch.Tensor,
-    weights: torch.Tensor | None,
-) -> _Moments:
-    """Return the sums of a layer's inputs and the dense responses over the images of all processes."""
-    sums = _Moments.like(current)
-    for part, rows in input_rows(module, features):
-        target = response[part]
-        if isinstance(module, nn.Conv2d):
-            grouped = target.view(len(target), len(rows), -1, target.shape[2])  # (N, G, O, P)
-            target = grouped.permute(1, 0, 3, 2)
-        target = target.reshape(*rows.shape[:2], -1)
-        if weights is None:
-            sums.add(rows, target)
-        elif weights.shape[2] > 1:
-            sums.add_weighted(rows, target, weights[part])
-        else:
-            root = weights[part].sqrt().view(-1, 1, 1).expand(-1, rows.shape[1] // len(weights[part]), 1)
-            sums.add(rows * root.reshape(1, -1, 1), target * root.reshape(1, -1, 1))
-    sums.merge()
-    return sums
+    def finish(self) -> LayerRefit:
+        """Solve with the sums of all processes; the layer's weights change where the held-out error falls."""
+        for sums in (self.fitting, self.checking):
+            sums.merge()
+        module, norm, current, fitting = self.module, self.norm, self.current, self.fitting
+        if norm is not None:  # what BN recalibration does for any weights
+            current[:, -1] += (fitting.xy[:, -1] - (fitting.xx[:, -1:] @ current)[:, 0]) / fitting.rows
+        new = current + _step(fitting, current, constant=module.bias is not None or norm is not None)
+        before, after = self.checking.error(current), self.checking.error(new)
+        kept = bool(torch.isfinite(new).all()) and after < before
+        best = new if kept else current
+        module.weight.copy_(best[:, :-1].mT.reshape(module.weight.shape))
+        if norm is not None:
+            mean = norm.running_mean
+            assert isinstance(mean, torch.Tensor)
+            mean.sub_((best[:, -1:] - self.bias).flatten().to(mean))
+        elif module.bias is not None:
+            module.bias.copy_(best[:, -1].flatten())
+        return LayerRefit(layer=self.name, error_before=before, error_after=after, kept=kept)
 
 
 def _step(moments: _Moments, current: torch.Tensor, *, constant: bool) -> torch.Tensor:
     """Return the change (G, I, O) of the weights; without a constant the last row stays 0."""
     inputs = current.shape[1]
     free = inputs if constant else inputs - 1
-    gram, residual = moments.xx[:, :free, :free], (moments.xy - moments.xx @ current)[:, :free]
-    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2)[:, : inputs - 1].mean(1, keepdim=True).clamp_min(1e-12)
-    penalty = ridge.repeat(1, free)
-    if constant:
-        penalty[:, -1] = 0
     step = torch.zeros_like(current)
-    step[:, :free] = solve_definite(gram + torch.diag_embed(penalty), residual)
+    each = max(1, SOLVED_BYTES // (8 * inputs**2))
+    for part in torch.split(torch.arange(len(current), device=current.device), each):
+        some = slice(int(part[0]), int(part[-1]) + 1)
+        gram, own = moments.xx[some], current[some]
+        residual = (moments.xy[some] - gram @ own)[:, :free]
+        penalised = gram[:, :free, :free].clone()
+        diagonal = penalised.diagonal(dim1=1, dim2=2)
+        ridge = RIDGE * diagonal[:, : inputs - 1].mean(1, keepdim=True).clamp_min(1e-12)
+        diagonal[:, : inputs - 1] += ridge  # never on the constant
+        step[some, :free] = solve_definite(penalised, residual)
     return step

@@ -98,6 +98,7 @@ def recalibrate_where_nearer(
     preprocessing: Preprocessing,
     *,
     device: torch.device,
+    batch_size: int = 250,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[int, float, float]:
     """Recalibrate BN, and take it back unless the outputs come nearer to the dense network's.
@@ -112,6 +113,7 @@ def recalibrate_where_nearer(
         held_out: Images that decide.
         preprocessing: How the networks want their images.
         device: Where to compute.
+        batch_size: Images of each batch whose statistics are averaged.
         on_batch: Called with the count of images that the statistics have seen.
 
     Returns:
@@ -122,7 +124,9 @@ def recalibrate_where_nearer(
         return 0, 0.0, 0.0
     kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     before = divergence(dense, model, held_out, preprocessing, device=device)
-    count = recalibrate_bn(model, split, preprocessing, device=device, on_batch=on_batch)
+    count = recalibrate_bn(
+        model, split, preprocessing, device=device, batch_size=batch_size, on_batch=on_batch
+    )
     after = divergence(dense, model, held_out, preprocessing, device=device)
     if after < before:
         return count, before, after

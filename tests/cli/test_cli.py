@@ -78,6 +78,32 @@ def test_analyze_begins_with_how_alive_the_gates_are(analysed):
     assert re.match(r"9 gate sites, (\d of them )?alive: median standard deviation over images 0\.\d+", out)
 
 
+def test_analyze_says_what_channel_groups_would_lose(analysed):
+    found = analysed["sensitivity"]
+    assert (found["criterion"], found["shares"]) == ("gate-energy", [0.25, 0.5, 0.75])
+    losses = [group["predicted_loss"] for group in found["groups"]]
+    assert len(losses) == 12  # three streams, and one inner group a block
+    assert all(0 <= a <= b <= c for a, b, c in losses)
+    assert [middle for _, middle, _ in losses] == sorted((m for _, m, _ in losses), reverse=True)
+    assert losses[0][1] > 2 * losses[-1][1]
+    assert {group["kind"] for group in found["groups"]} == {"inner", "stream"}
+    assert all(group["removed"][1] == group["channels"] // 2 for group in found["groups"])
+    code, out, err = call(f"analyze {NET} --data data --images 50")
+    assert code == 0
+    assert out.count("stream") + out.count("inner") == 8
+    assert "the 8 most sensitive of 12 groups, without repair" in err
+    code, out, _ = call(f"analyze {NET} --data data --images 50 --sensitivity excitation")
+    assert code == 0
+    assert out.count("stream") + out.count("inner") == 12
+
+
+def test_a_criterion_that_predicts_no_loss_is_refused_before_anything_is_measured(place):
+    code, _, err = call(f"analyze {NET} --data data --sensitivity l1")
+    assert code == 2
+    assert "criterion 'l1' ranks channels within a group only" in err.replace("\n", " ")
+    assert "gates" not in err
+
+
 FOLD = f"apply {NET} --stats stats.safetensors --repair none"
 
 

@@ -40,6 +40,11 @@ def test_analyze_draws_gates_of_chosen_classes(place):
     for site in report.sites:
         assert site.name in prose
     assert report.outlook.split(":")[0] in prose
+    assert len(report.sensitivity) == 12
+    for group in report.sensitivity:
+        assert f"| {group.name} | {group.kind} | {group.channels} |" in prose
+    assert "What channel groups would lose" in page
+    assert "the lowest of gate-energy first" in page
 
 
 def test_analyze_refuses_classes_that_are_not_there(place):

@@ -197,7 +197,9 @@ def test_the_batch_size_and_the_chunks_do_not_matter(plain, monkeypatch):
 
 def test_fewer_images_where_responses_would_take_too_much(plain, monkeypatch):
     seen = []
-    monkeypatch.setattr(module_under_test, "RESPONSE_BYTES", 3 * 10 * 5 * 4 * 4)  # three batches of layer b
+    monkeypatch.setattr(
+        module_under_test, "SPILL_BYTES", 3 * 10 * (80 + 3 * 288)
+    )  # three batches: layer b, images twice put down
     run(plain, (0, 3), images(), batch_size=10, on_images=seen.append)
     assert sum(seen) == 2 * 30
 

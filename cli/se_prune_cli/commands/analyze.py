@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,7 +31,18 @@ from se_prune_cli.output import (
     model_options,
     preprocessing_line,
 )
-from se_prune_cli.tables import site_rows
+from se_prune_cli.tables import sensitivity_rows, site_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from se_prune.artifact import Network
+    from se_prune.data import DataSource
+    from se_prune.gates.statistics import Statistics
+    from se_prune.results import GroupSensitivity
+
+#: Groups in the table where none were asked for; reports and `--json` have all.
+SHOWN = 8
 
 
 def command(
@@ -50,6 +61,14 @@ def command(
         str | None,
         typer.Option(
             help="Classes that report and figures draw, with commas between; the liveliest without."
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CRITERION",
+            help="List what every channel group is predicted to lose by this criterion; without, the most sensitive by "
+            "gate-energy, which takes no further pass over the images.",
         ),
     ] = None,
     arch: Arch = None,
@@ -74,12 +93,15 @@ def command(
     from se_prune.folding import liveness
     from se_prune.gates.summary import summarise
     from se_prune.pipeline.details import gate_report, require_known
+    from se_prune.pipeline.sensitivity import MEASURED, SHARES, require_comparable
     from se_prune.report import write_gate_figures, write_gate_report
     from se_prune.schema import to_dict
 
     out = Output(as_json)
     if images is not None and images < 1:
         raise UsageError(f"--images must be at least 1, got {images}.")
+    criterion = sensitivity or MEASURED
+    require_comparable(criterion)
     for file in (output, report):
         if file is not None:
             require_writable(file)
@@ -97,6 +119,7 @@ def command(
     out.table(f"gates on {statistics.n} training images", *site_rows(summaries))
     for name, reason in outlook.refused.items():
         out.say(f"{name} cannot be folded: {reason}")
+    groups = _sensitivity(network, source, statistics, sensitivity, device=target, seed=seed, out=out)
     if output is not None:
         statistics.save(output)
         out.say(f"statistics: {output}")
@@ -111,6 +134,8 @@ def command(
             outlook=liveness(outlook),
             device=target,
             classes=drawn,
+            sensitivity=groups,
+            criterion=criterion,
         )
         files = [] if report is None else write_gate_report(record, report)
         for file in files:
@@ -123,7 +148,46 @@ def command(
             "n": statistics.n,
             "gates": to_dict(outlook),
             "sites": [to_dict(s) for s in summaries],
+            "sensitivity": {
+                "criterion": criterion,
+                "shares": list(SHARES),
+                "groups": [to_dict(group) for group in groups],
+            },
             "output": None if output is None else str(output),
             "files": [str(file) for file in files],
         }
     )
+
+
+def _sensitivity(
+    network: Network,
+    data: DataSource,
+    statistics: Statistics,
+    asked: str | None,
+    *,
+    device: torch.device,
+    seed: int,
+    out: Output,
+) -> tuple[GroupSensitivity, ...]:
+    """Print and return what channel groups are predicted to lose; nothing where they cannot be traced."""
+    from se_prune import pipeline
+    from se_prune.errors import SurgeryError
+    from se_prune.pipeline.sensitivity import MEASURED
+
+    criterion = asked or MEASURED
+    try:
+        groups = pipeline.sensitivities(
+            network, data, statistics, criterion=criterion, device=device, seed=seed, reporter=Progressed()
+        )
+    except SurgeryError as error:
+        out.say(f"what channel groups would lose is not known: {error}")
+        return ()
+    shown = groups if asked else groups[:SHOWN]
+    if shown:
+        out.table(f"predicted loss of channel groups by {criterion}", *sensitivity_rows(shown))
+    if len(shown) < len(groups):
+        out.say(
+            f"the {len(shown)} most sensitive of {len(groups)} groups, without repair; all, with it: "
+            "--sensitivity excitation"
+        )
+    return groups
