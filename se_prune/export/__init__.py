@@ -22,6 +22,7 @@ from se_prune.export.base import (
 )
 from se_prune.export.coreml import COREML
 from se_prune.export.executorch import EXECUTORCH
+from se_prune.export.litert import LITERT
 from se_prune.export.ncnn import NCNN
 from se_prune.export.onnx import ONNX
 from se_prune.export.openvino import OPENVINO
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["TARGETS", "export", "require_target", "suffix_of"]
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (ONNX, OPENVINO, EXECUTORCH, COREML, NCNN, TORCH)
+    target.name: target for target in (ONNX, OPENVINO, EXECUTORCH, LITERT, COREML, NCNN, TORCH)
 }
 
 

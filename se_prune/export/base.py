@@ -127,18 +127,32 @@ class Target:
         Raises:
             SePruneError: One is missing; the message says how to install it.
         """
-        for package in (*self.packages, *(self.int8_packages if int8 else ())):
-            try:
-                with quiet(), self.importing():
-                    importlib.import_module(package)
-            except ImportError as error:
-                raise SePruneError(
-                    f"export --to {self.name} needs a package that is missing ({error}): {self.install}"
-                ) from error
+        packages = (*self.packages, *(self.int8_packages if int8 else ()))
+        with self.importing():
+            require_packages(f"export --to {self.name}", packages, self.install)
 
     def files(self, main: Path) -> tuple[Path, ...]:
         """Return all files of an export, the main one first."""
         return (main, *(main.with_suffix(suffix) for suffix in self.others))
+
+
+def require_packages(asking: str, packages: Sequence[str], install: str) -> None:
+    """Import packages.
+
+    Args:
+        asking: What needs them.
+        packages: Their names.
+        install: The command that installs them.
+
+    Raises:
+        SePruneError: One is missing; the message says how to install it.
+    """
+    for package in packages:
+        try:
+            with quiet():
+                importlib.import_module(package)
+        except ImportError as error:
+            raise SePruneError(f"{asking} needs a package that is missing ({error}): {install}") from error
 
 
 class FromPixels(nn.Module):

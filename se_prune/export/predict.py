@@ -5,7 +5,8 @@
 Written beside an export by `se-prune export --runner`; it knows nothing of se-prune or torch. Class names and
 preprocessing come from the export itself. Files of images: .npy and idx (plain or .gz) with bytes of shape (N, H, W),
 (N, H, W, C) or (N, C, H, W); .ppm and .pgm; anything else is opened with Pillow, its shorter side resized and the
-middle cropped. Runtimes: onnxruntime (.onnx), openvino (.xml), ncnn (.param).
+middle cropped. Runtimes: onnxruntime (.onnx), openvino (.xml), ai-edge-litert
+(.tflite), ncnn (.param).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Run = Callable[[Any], Any]
 
 def open_network(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     """Return what runs a file on images, and what is known of it."""
-    kinds = {".onnx": _onnx, ".xml": _openvino, ".param": _ncnn}
+    kinds = {".onnx": _onnx, ".xml": _openvino, ".tflite": _litert, ".param": _ncnn}
     if path.suffix not in kinds:
         sys.exit(f"error: {path} is none of the files that this program runs: {', '.join(kinds)}.")
     if not path.is_file():
@@ -74,6 +75,21 @@ def _openvino(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
         model, "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     )
     return lambda images: np.array(compiled(images)[0]), known
+
+
+def _litert(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    network = Interpreter(str(path), num_threads=threads)
+    network.allocate_tensors()
+    [source], [target] = network.get_input_details(), network.get_output_details()
+
+    def one(image: Any) -> Any:
+        network.set_tensor(source["index"], image[None])
+        network.invoke()
+        return network.get_tensor(target["index"])[0]
+
+    return lambda images: np.stack([one(image) for image in images]), _beside(path)
 
 
 def _ncnn(path: Path, threads: int) -> tuple[Run, dict[str, Any]]:

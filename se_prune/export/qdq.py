@@ -1,9 +1,10 @@
 """An ONNX network in int8: pairs of QuantizeLinear and DequantizeLinear, which onnxruntime fuses with what is between.
 
 Activations are uint8 with a zero point, over the range seen in calibration; weights int8 per output channel, symmetric,
-in 7 bits, so that the sum of two products fits into the 16 bits that CPUs without VNNI add in. Biases stay in
-float, in 16 bits: onnxruntime makes int32 of them when it opens the file, and it is smaller so. An activation function
-that the lower end of uint8 replaces (ReLU, ReLU6) is left out.
+in 7 bits, so that the sum of two products fits into the 16 bits that CPUs without VNNI add in. Their scales are rounded
+up to 16 bits before the weights are divided by them. Biases stay in float, in 16 bits: onnxruntime makes int32 of them
+when it opens the file, and it is smaller so. An activation function that the lower end of uint8 replaces (ReLU, ReLU6)
+is left out.
 
 Shapes: N images, K classes.
 """
@@ -29,8 +30,8 @@ WEIGHTED, BETWEEN = ("Conv", "Gemm", "MatMul"), ("Add", "Mul")
 WEIGHT_MAX = 64
 ACTIVATION_MAX = 255
 BIAS_MAX = 2**30
-#: Largest bias that is kept in 16 bits, and the bytes of the Cast that it takes.
-HALF_MAX, CAST_BYTES = 2.0**15, 30
+#: Least scale, and largest scale or bias, that is kept in 16 bits; and the bytes of the Cast that it takes.
+HALF_MIN, HALF_MAX, CAST_BYTES = 2.0**-14, 2.0**15, 30
 #: Attributes that exporters write although they say what holds without them.
 DEFAULTS = {
     ("ReduceMean", "keepdims"): 1,
@@ -293,19 +294,37 @@ class _Builder:
         bias = self.form.weights[node.input[2]] if len(node.input) > 2 and node.input[2] else None
         if bias is not None:  # as int32, the bias of a channel with next to no weights must not overflow
             scale = np.maximum(scale, np.abs(bias).astype(np.float32) / (BIAS_MAX * np.float32(into)))
+        small = _is_worth_half(scale) and float(scale.min()) >= HALF_MIN
+        scale = up_to_half(scale) if small else scale
         shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
         whole = np.clip(np.rint(weight / scale.reshape(shape)), -WEIGHT_MAX, WEIGHT_MAX).astype(np.int8)
         name = f"{node.output[0]}/w"
         self.initializers |= {f"{name}/q": whole, f"{name}/s": scale}
-        self._node("DequantizeLinear", [f"{name}/q", f"{name}/s"], name, axis=axis)
+        by = self._in_half(f"{name}/s", scale) if small else f"{name}/s"
+        self._node("DequantizeLinear", [f"{name}/q", by], name, axis=axis)
         node.input[1] = name
-        if bias is not None and bias.size > CAST_BYTES // 2 and float(np.abs(bias).max()) < HALF_MAX:
-            self.initializers[f"{name}/b"] = bias.astype(np.float16)
-            self._node("Cast", [f"{name}/b"], f"{name}/b32", to=self.float32)
-            node.input[2] = f"{name}/b32"
+        if bias is not None and _is_worth_half(bias):
+            node.input[2] = self._in_half(f"{name}/b", bias)
+
+    def _in_half(self, name: str, values: NDArray[Any]) -> str:
+        """Keep values in 16 bits; return the name of what becomes float32 of them."""
+        self.initializers[name] = values.astype(np.float16)
+        self._node("Cast", [name], f"{name}32", to=self.float32)
+        return f"{name}32"
 
     def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
         self.nodes.append(self.helper.make_node(kind, inputs, [output], **attributes))
+
+
+def _is_worth_half(values: NDArray[Any]) -> bool:
+    """Say whether 16 bits hold values, and save more bytes than the Cast takes."""
+    return values.size > CAST_BYTES // 2 and float(np.abs(values).max()) < HALF_MAX
+
+
+def up_to_half(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return scales that 16 bits hold exactly, none smaller than before."""
+    half = scale.astype(np.float16)
+    return np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
 
 
 def _channel_axis(node: Any) -> int:

@@ -10,7 +10,7 @@ from se_prune.files import write_text
 NAME = "predict.py"
 SOURCE = Path(__file__).with_name(NAME)
 #: Targets whose runtimes need no torch.
-TARGETS = ("onnx", "openvino", "ncnn")
+TARGETS = ("onnx", "openvino", "litert", "ncnn")
 MARK = "Written beside an export by `se-prune export --runner`"
 
 

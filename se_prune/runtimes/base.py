@@ -19,7 +19,7 @@ from se_prune.errors import UsageError, nearest
 from se_prune.export.onnx import onnx_bytes
 from se_prune.files import whole_file
 from se_prune.results import OperationTime
-from se_prune.runtimes import eager, ort
+from se_prune.runtimes import eager, ort, ov
 from se_prune.timing import LayerShape
 
 #: What a runtime opens: an ONNX file, or a module.
@@ -34,6 +34,7 @@ class Runtime:
     `open` takes a source, a batch (N, C, H, W) and CPU threads, and returns what runs the batch once. `profile` returns
     the time of every operation over so many runs (None: the runtime has no profiler); `layers` the milliseconds of
     single layers, for a batch size and threads. A measured table belongs to a version of the distribution `package`.
+    `require` raises a `SePruneError` where an optional package is missing.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Runtime:
     open: Callable[[Source, torch.Tensor, int], Runner]
     layers: Callable[[Sequence[LayerShape], int, int], list[float]]
     profile: Callable[[Source, torch.Tensor, int, int], tuple[OperationTime, ...]] | None = None
+    require: Callable[[], None] = lambda: None
 
     def source(self, network: Network, folder: Path, name: str, images: torch.Tensor) -> Source:
         """Return what this runtime opens of a network; `NAME.onnx` in `folder` is written where it is missing."""
@@ -66,6 +68,15 @@ RUNTIMES: dict[str, Runtime] = {
             profile=ort.profile,
         ),
         Runtime(
+            name="openvino",
+            package="openvino",
+            form="onnx",
+            open=ov.open_file,
+            layers=ov.time_layers,
+            profile=ov.profile,
+            require=ov.require,
+        ),
+        Runtime(
             name="torch",
             package="torch",
             form="torch",
@@ -82,8 +93,10 @@ def require_runtime(name: str) -> Runtime:
 
     Raises:
         UsageError: There is none; the message lists all.
+        SePruneError: Its package is missing; the message says how to install it.
     """
     if name not in RUNTIMES:
         known = ", ".join(RUNTIMES)
         raise UsageError(f"there is no runtime '{name}'{nearest(name, RUNTIMES)}; --runtime takes {known}.")
+    RUNTIMES[name].require()
     return RUNTIMES[name]

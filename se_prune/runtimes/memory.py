@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -51,8 +52,7 @@ def measure(runtime: str, file: Path, size: tuple[int, ...], threads: int) -> in
     chosen = require_runtime(runtime)
     torch.set_num_threads(threads)
     images = torch.zeros(size)
-    if chosen.form == "onnx":
-        import onnxruntime  # noqa: F401 - loaded before the baseline is taken
+    importlib.import_module(chosen.package)  # before the baseline is taken
     before = resident()
     source: Source = file if chosen.form == "onnx" else artifact.load(file).module.eval()
     run = chosen.open(source, images, threads)

@@ -59,7 +59,7 @@ def profile(
 
     assert not isinstance(source, nn.Module), "onnxruntime opens files"
     feeds = {INPUT: images.detach().cpu().float().numpy()}
-    names = _Names(onnx.load(source, load_external_data=False).graph)
+    names = Names(onnx.load(source, load_external_data=False).graph)
     result = []
     for event, times in _events(source, feeds, threads, runs).items():
         name, kind = event
@@ -94,7 +94,7 @@ def _plain(name: str) -> str:
     return name
 
 
-class _Names:
+class Names:
     """From the profiler's names to layers: an event is named after a node, or after the last output of fused ones."""
 
     def __init__(self, graph: Any) -> None:
@@ -123,8 +123,8 @@ def lower_quartile(times: Sequence[float]) -> float:
 def time_layers(shapes: Sequence[LayerShape], batch: int, threads: int) -> list[float]:
     """Return the milliseconds of single layers on batches of so many images."""
     result: list[float] = []
-    for part in _parts(shapes):
-        model, feeds = _bank(part, batch)
+    for part in parts(shapes):
+        model, feeds = bank(part, batch)
         times: dict[str, list[float]] = {}
         for (name, kind), values in _events(model, feeds, threads, LAYER_RUNS).items():
             if kind in LAYERS:
@@ -133,7 +133,8 @@ def time_layers(shapes: Sequence[LayerShape], batch: int, threads: int) -> list[
     return result
 
 
-def _parts(shapes: Sequence[LayerShape]) -> Iterator[list[LayerShape]]:
+def parts(shapes: Sequence[LayerShape]) -> Iterator[list[LayerShape]]:
+    """Yield the shapes in parts, each of which fits into one graph."""
     part: list[LayerShape] = []
     used = 0
     for shape in shapes:
@@ -147,7 +148,7 @@ def _parts(shapes: Sequence[LayerShape]) -> Iterator[list[LayerShape]]:
         yield part
 
 
-def _bank(shapes: Sequence[LayerShape], batch: int) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
+def bank(shapes: Sequence[LayerShape], batch: int) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
     """Return a graph of unconnected layers, the i-th of which writes `y{i}`, and its inputs."""
     from onnx import TensorProto, helper, numpy_helper
 

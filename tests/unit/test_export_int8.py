@@ -105,6 +105,36 @@ def test_weights_are_within_half_a_step(form):
         assert np.all(np.abs(original - back) <= 0.5001 * scale.reshape(shape))
 
 
+def test_scales_are_rounded_up_to_16_bits():
+    scale = np.array([1.0, 0.1, 1 / 3, 2.0**-14, 3e-3], np.float32)
+    found = qdq.up_to_half(scale)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, found.astype(np.float16).astype(np.float32)), "16 bits hold them"
+    assert np.all((scale <= found) & (found <= scale * (1 + 2**-10)))
+    assert list(found[[0, 3]]) == [1.0, 2.0**-14]
+
+
+@pytest.mark.parametrize(("factor", "casts"), [(1.0, 2), (1e-5, 1), (1e7, 0)])
+def test_wide_layers_keep_scale_and_bias_in_16_bits_where_these_hold_them(factor, casts):
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Conv2d(1, 32, 3), nn.Flatten(), nn.Linear(32 * 36, 3, bias=False))
+    with torch.no_grad():
+        wide[0].weight *= factor
+        wide[0].bias *= factor
+    exported = subject(network(wide), torch.randn(8, *SIZE))
+    made = qdq.Int8Form(model_of(exported))
+    made.calibrate(exported.images.numpy())
+    model = made.build({c.index for c in made.candidates if c.kind == "Conv"})
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    held = [constants[n.input[0]] for n in model.graph.node if n.op_type == "Cast"]
+    assert [(v.dtype, v.shape) for v in held] == [(np.float16, (32,))] * casts
+    exact, found = (
+        session(m.SerializeToString()).run(None, {"images": exported.images.numpy()})[0]
+        for m in (made.model, model)
+    )
+    assert int8.decibel(exact, found) > 25
+
+
 def test_no_layer_in_int8_is_the_float_graph(form):
     made, images = form
     exact, same = (

@@ -172,11 +172,11 @@ def test_the_exporter_is_silent_and_the_loggers_are_restored(
     ("target", "hint"),
     [
         ("onx", "did you mean 'onnx'"),
-        ("tflite", "--to takes coreml, executorch, ncnn, onnx, openvino, torch"),
+        ("tflite", "--to takes coreml, executorch, litert, ncnn, onnx, openvino, torch"),
     ],
 )
 def test_an_unknown_target_names_the_known_ones(tmp_path, target, hint):
-    assert list(TARGETS) == ["onnx", "openvino", "executorch", "coreml", "ncnn", "torch"]
+    assert list(TARGETS) == ["onnx", "openvino", "executorch", "litert", "coreml", "ncnn", "torch"]
     with pytest.raises(UsageError, match=hint):
         export(network(Weak(), "mine:net"), target, tmp_path / "a.onnx", torch.rand(2, 1, 28, 28))
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from torch import nn
 
 from se_prune.artifact import Network
 from se_prune.errors import SePruneError, UsageError
-from se_prune.export import TARGETS, coreml, export, suffix_of
+from se_prune.export import TARGETS, coreml, export, litert, suffix_of
 from se_prune.export.torch_export import EXTRA
 from se_prune.records import ArchSpec, ArtifactHeader, Preprocessing
 from tests.unit.test_export_runner import predict
 
-EXTRAS = {"openvino": "openvino", "executorch": "executorch", "coreml": "coreml", "ncnn": "ncnn"}
-MOST = {"openvino": 2, "executorch": 2, "coreml": 1, "ncnn": 3, "torch": 1}
+EXTRAS = ("openvino", "executorch", "litert", "coreml", "ncnn")
+MOST = {"openvino": 2, "executorch": 2, "litert": 2, "coreml": 1, "ncnn": 3, "torch": 1}
 
 
 class Gated(nn.Module):
@@ -95,6 +96,28 @@ def test_a_file_that_differs_is_not_kept(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_litert_takes_bytes_and_prints_nothing(tmp_path, capfd):
+    require("litert")
+    result = export(network(), "litert", tmp_path / "net.tflite", images(), pixels="nhwc")
+    assert (result.input, result.top1_agreement) == ("uint8 nhwc", 1.0)
+    assert result.max_abs_diff < 1e-5
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_native_code_writes_is_hidden_and_no_longer_than_asked(capfd, monkeypatch):
+    monkeypatch.delenv(litert.LOG_LEVEL, raising=False)
+    with litert.importing():
+        assert os.environ[litert.LOG_LEVEL] == "2"
+        os.write(2, b"hidden")
+    os.write(2, b"shown")
+    assert capfd.readouterr().err == "shown"
+    assert litert.LOG_LEVEL not in os.environ
+    monkeypatch.setenv(litert.LOG_LEVEL, "0")
+    with litert.importing():
+        assert os.environ[litert.LOG_LEVEL] == "0", "what the user chose"
+    assert os.environ[litert.LOG_LEVEL] == "0"
+
+
 def test_core_ml_is_saved_and_not_verified_elsewhere(tmp_path, monkeypatch):
     require("coreml")
     monkeypatch.setattr(sys, "platform", "linux")
@@ -130,7 +153,7 @@ def test_int8_of_other_targets(tmp_path, name):
     assert (result.int8.n, result.int8.top1) == (0, None)
 
 
-@pytest.mark.parametrize("name", ["openvino", "ncnn"])
+@pytest.mark.parametrize("name", ["openvino", "litert", "ncnn"])
 def test_predict_runs_it_without_torch(tmp_path, name):
     from se_prune.export.runner import write_runner
 
@@ -163,7 +186,7 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, TARGETS[name].packages[0], None)
     with pytest.raises(
         SePruneError,
-        match=rf"--to {name} needs a package that is missing .*: pip install 'se-prune\[{EXTRAS[name]}\]'",
+        match=rf"--to {name} needs a package that is missing .*: pip install 'se-prune\[{name}\]'",
     ):
         export(network(), name, tmp_path / f"net{suffix_of(name)}", images())
     assert list(tmp_path.iterdir()) == []
@@ -174,8 +197,8 @@ def test_the_extras_are_those_of_the_package():
 
     project = Path(__file__).parents[2] / "pyproject.toml"
     extras = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for name, extra in EXTRAS.items():
-        wanted = {requirement.partition(">")[0] for requirement in extras[extra]}
+    for name in EXTRAS:
+        wanted = {requirement.partition(">")[0].replace("-", "_") for requirement in extras[name]}
         assert {*TARGETS[name].packages, *TARGETS[name].int8_packages} == wanted
 
 
@@ -188,6 +211,7 @@ def test_the_extras_are_those_of_the_package():
             "--to ncnn does not go with --int8; --int8 goes with executorch, onnx, openvino",
         ),
         ("ncnn", {"pixels": "nhwc"}, "--to ncnn does not go with --with-preprocessing"),
+        ("litert", {"quantised": True}, "--to litert does not go with --int8"),
         ("coreml", {"quantised": True}, "--to coreml does not go with --int8"),
     ],
 )

@@ -103,8 +103,9 @@ def network():
     return Network(module=RESIDUAL.build().eval(), header=header)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch"])
 def test_bench_and_profile(network, name):
+    pytest.importorskip(name)
     setting = Setting(runtime=require_runtime(name), batch=2, threads=1)
     rows = bench([("a", network), ("b", network)], [setting], rounds=4, memory=False)
     assert [(r.network, r.batch_size, r.rounds, r.peak_bytes) for r in rows] == [

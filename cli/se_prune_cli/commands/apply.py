@@ -48,7 +48,7 @@ def command(
         float | None, typer.Option(help="Milliseconds that one image may take; measured.")
     ] = None,
     runtime: Annotated[
-        str, typer.Option(help="Where latency is measured: onnxruntime, torch.")
+        str, typer.Option(help="Where latency is measured: onnxruntime, openvino, torch.")
     ] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="CPU threads on which latency is measured.")] = 1,
     data: OptionalData = None,

@@ -35,7 +35,9 @@ def command(
     ] = None,
     batch: Annotated[str, typer.Option(help="Images at once, with commas between.")] = "1",
     threads: Annotated[str, typer.Option(help="CPU threads, with commas between.")] = "1",
-    runtime: Annotated[str, typer.Option(help="onnxruntime, torch, with commas between.")] = "onnxruntime",
+    runtime: Annotated[
+        str, typer.Option(help="onnxruntime, openvino, torch, with commas between.")
+    ] = "onnxruntime",
     rounds: Annotated[int, typer.Option(help="Timed rounds; every network runs once in each.")] = 50,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a process of its own.")] = True,
     per_layer: Annotated[

@@ -25,7 +25,7 @@ from se_prune_cli.output import (
     model_options,
 )
 
-TARGETS = "onnx, openvino, executorch, ncnn, coreml, torch"
+TARGETS = "onnx, openvino, executorch, litert, ncnn, coreml, torch"
 
 
 def command(
