@@ -1,8 +1,8 @@
 """Export: every target that installs, on networks of every kind, dense and with half of their channels gone.
 
 The bundled networks have their trained weights. The others have random ones, with BN statistics of real images
-(Fashion-MNIST, resized): white noise, or BN without statistics, gives logits that no runtime reproduces. A finished row
-is a line of `reports/export.jsonl`; a target whose package is missing is left out until it is there.
+(Fashion-MNIST, resized): white noise, or BN without statistics, gives logits that no runtime reproduces. Branches whose
+last BN begins at zero, which a converter would leave out, begin at one. A finished row is a line of `reports/export.jsonl`; a target whose package is missing is left out until it is there.
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ def _opened(ref: str, data: DataSource) -> Network:
         return bundled(name)
     torch.manual_seed(0)
     network = open_model(ref)
+    for module in network.module.modules():
+        if isinstance(module, NORM_TYPES) and module.weight is not None and not module.weight.any():
+            nn.init.ones_(module.weight)
     _take_statistics(network.module, real_images(data.train, network, BATCH))
     return network
 
