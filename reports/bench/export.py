@@ -2,7 +2,8 @@
 
 The bundled networks have their trained weights. The others have random ones, with BN statistics of real images
 (Fashion-MNIST, resized): white noise, or BN without statistics, gives logits that no runtime reproduces. Branches whose
-last BN begins at zero, which a converter would leave out, begin at one. A finished row is a line of `reports/export.jsonl`; a target whose package is missing is left out until it is there.
+last BN begins at zero, which a converter would leave out, begin at one. A finished row is a line of
+`reports/export.jsonl`; a target whose package is missing is left out until it is there.
 """
 
 from __future__ import annotations
