@@ -79,8 +79,9 @@ def weights(model):
     made = {n.output[0]: n for n in model.graph.node}
     for node in model.graph.node:
         if node.op_type in qdq.WEIGHTED and node.input[1] in made:
-            whole, scale = (constants[name] for name in made[node.input[1]].input[:2])
-            yield node.op_type, whole, scale
+            whole, scale = made[node.input[1]].input[:2]
+            scale = scale if scale in constants else made[scale].input[0]  # 16 bits, cast when read
+            yield node.op_type, constants[whole], constants[scale]
 
 
 def test_two_products_never_leave_16_bits(form):
