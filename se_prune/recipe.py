@@ -48,7 +48,8 @@ class ApplyTable:
         criterion: How channels are scored, as `se-prune apply --criterion` takes it.
         steps: So many times the network is cut, repaired and fine-tuned, measured anew each time; the budget, of
             channels, MACs or parameters, is met by the last. Every step but the last has epochs / (2 · steps) of the
-            epochs of `[finetune]`, in whole epochs and at least one; the last has the rest.
+            epochs of `[finetune]`, in whole epochs and at least one; the last has the rest. One is the default: with
+            the same epochs in all, three were no better at a fifth of the MACs (`reports/schedules.md`).
         shape: What leaves in each step: as much each time (`linear`), most of it first, as (1 - t)³ falls (`cubic`),
             or the same share of what is left (`geometric`).
         round_to: Cut groups keep a multiple of so many channels.

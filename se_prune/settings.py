@@ -48,7 +48,8 @@ class TrainSettings:
         distill_weight: Share of the loss that follows the teacher's outputs rather than the labels.
         distill_temperature: Softens both outputs.
         distill_features: Weight of the squared distance of the recalibrated features at the gates, relative to the
-            teacher's energy there; 0 for none.
+            teacher's energy there; 0 for none. With 0.5 the bundled networks got more back at 30 % of the MACs
+            (`reports/distill.md`); it takes more memory, and asks the teacher at every step.
         group_lasso: Strength of a penalty that makes channels ready to leave: the sum, over the channels that can be
             cut, of the norm of what scales each (BN factors and the rows of its gate together). In a run of several
             steps the last one has none.
