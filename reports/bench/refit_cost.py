@@ -196,6 +196,7 @@ def _row(name: str, parts: dict[str, dict[str, Any]], what: str) -> list[str]:
     met = ("met" if total <= CASES[name] else "missed") if what == "seconds" else ""
     return [
         f"zoo:{name}",
+        str(parts["plan"]["threads"]),
         "wall clock" if what == "seconds" else "CPU",
         *values,
         f"≤ {CASES[name]} s: {met}" if met else "",
@@ -212,7 +213,17 @@ def report() -> None:
     }
     body = "# What analysis, scoring, cut and repair cost\n\n" + __doc__.partition("\n\n")[2].strip() + "\n\n"
     body += markdown_table(
-        ["network", "seconds of", "analysis", "scoring", "cut and proof", "repair", "together", "bar"],
+        [
+            "network",
+            "threads",
+            "seconds of",
+            "analysis",
+            "scoring",
+            "cut and proof",
+            "repair",
+            "together",
+            "bar",
+        ],
         [_row(name, parts, what) for name, parts in whole.items() for what in ("seconds", "cpu")],
     )
     lines = []
@@ -247,7 +258,7 @@ def report() -> None:
         loads = [row["load"] for parts in whole.values() for row in parts.values()]
         some = next(iter(whole.values()))["repair"]
         body += (
-            f"\n{some['processor']}, {some['threads']} threads; load average of the machine when the parts began "
+            f"\n{some['processor']}; load average of the machine when the parts began "
             f"{min(loads):.1f} to {max(loads):.1f}. Inference in batches of {inference_batch(torch.device('cpu'))}. "
             "Written is the sum of all that passes; what is held at once is less.\n"
         )

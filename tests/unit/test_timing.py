@@ -71,6 +71,7 @@ def test_shapes_of_a_network():
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_every_runtime_times_single_layers(name):
+    pytest.importorskip(RUNTIMES[name].package)
     shapes = shapes_of(Net(), torch.zeros(1, 3, 9, 9)).values()
     times = require_runtime(name).layers(list(shapes), 2, 1)
     assert len(times) == 3
