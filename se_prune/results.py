@@ -149,9 +149,13 @@ class GateProfile:
     channels: tuple[int, ...] = ()
 
 
+#: Shares of a group's channels at which its loss is predicted.
+SENSITIVITY_SHARES = (0.25, 0.5, 0.75)
+
+
 @record
 class GroupSensitivity:
-    """What a channel group is predicted to lose with so many of its channels, as a share of the recalibrated signal."""
+    """What a channel group is predicted to lose without `SENSITIVITY_SHARES` of its channels, as shares of a signal."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_EXTRA
     name: str

@@ -89,7 +89,10 @@ def site_rows(sites: Sequence[SiteSummary]) -> Table:
 
 def sensitivity_rows(groups: Sequence[GroupSensitivity]) -> Table:
     """Return what channel groups are predicted to lose with some of their channels."""
-    return ["group", "kind", "channels", "¼ removed", "½ removed", "¾ removed"], [
+    from se_prune.results import SENSITIVITY_SHARES
+
+    shares = (f"{text.percent(share, 0)} removed" for share in SENSITIVITY_SHARES)
+    return ["group", "kind", "channels", *shares], [
         [g.name, g.kind, str(g.channels), *map(text.loss, g.predicted_loss)] for g in groups
     ]
 

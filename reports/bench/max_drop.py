@@ -67,12 +67,15 @@ def report(refused: str = "") -> None:
         done = _tries_so_far()
         body.append(f"{refused}\n" if refused else "The search has not come to its end yet.\n")
         body.append(_table_of(done))
-        write_report(
-            "max_drop", "python -m reports.bench max_drop", "\n".join(body), [to_dict(t) for t in done]
-        )
+        write_report("max_drop", _command(), "\n".join(body), [to_dict(t) for t in done])
         return
     body += [_verdict(run, run.max_drop), _table(run.max_drop)]
-    write_report("max_drop", "python -m reports.bench max_drop", "\n".join(body), to_dict(run.max_drop))
+    write_report("max_drop", _command(), "\n".join(body), to_dict(run.max_drop))
+
+
+def _command() -> str:
+    """Return the command as it was given, but for the folder."""
+    return ("FASHION_MNIST=… " if "FASHION_MNIST" in os.environ else "") + "python -m reports.bench max_drop"
 
 
 def _verdict(run: Run, found: MaxDrop) -> str:

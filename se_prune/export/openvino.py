@@ -2,7 +2,7 @@
 
 NNCF's overflow fix keeps weights in 7 bits, so that nothing saturates on CPUs without VNNI. Activations keep the whole
 range seen in calibration: the mean of the images' ranges, NNCF's own choice, cuts off the few large values of gated
-channels (17.5 dB against 26.6 dB of the logits of SE-MobileNet at half of its MACs). Class names and
+channels (17.6 dB against 26.9 dB of the logits of SE-MobileNet at half of its MACs, `reports/int8.md`). Class names and
 preprocessing are the model's runtime information `se_prune`, as JSON. Both packages would send usage data through
 openvino-telemetry; it is not imported. The packages are imported inside functions only.
 

@@ -13,12 +13,10 @@ from se_prune.errors import UsageError
 from se_prune.gates.statistics import Statistics
 from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Silent, first_batches, matching, structure
 from se_prune.planning import sensitivity
-from se_prune.results import GroupSensitivity
+from se_prune.results import SENSITIVITY_SHARES, GroupSensitivity
 from se_prune.scoring import score
 from se_prune.scoring.registry import CRITERIA, Evidence, find
 
-#: Shares of a group's channels at which the loss is predicted.
-SHARES = (0.25, 0.5, 0.75)
 #: The criterion that reads nothing but what the statistics pass has measured.
 MEASURED = "gate-energy"
 
@@ -46,7 +44,7 @@ def sensitivities(
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> tuple[GroupSensitivity, ...]:
-    """Return the predicted loss of every group that can be cut at `SHARES` of its channels, the most sensitive first.
+    """Return the predicted loss of every group that can be cut, the most sensitive first.
 
     Hidden units of gates are left out: they follow the channels that they gate.
 
@@ -89,7 +87,7 @@ def sensitivities(
             removed=tuple(count for count, _ in curve),
             predicted_loss=tuple(loss for _, loss in curve),
         )
-        for name, curve in sensitivity(found.couplings, scores, SHARES).items()
+        for name, curve in sensitivity(found.couplings, scores, SENSITIVITY_SHARES).items()
         if name in groups
     ]
     return tuple(sorted(rows, key=lambda row: (-row.predicted_loss[1], row.name)))

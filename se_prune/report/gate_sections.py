@@ -77,7 +77,7 @@ def _sensitivity(report: GateReport) -> list[Section]:
         return []
     said = (
         f"What is predicted to be lost with some of a group's channels, the lowest of {report.criterion} first, "
-        " as a share of the recalibrated signal of the layers that read them; the most sensitive groups stand "
+        "as a share of the recalibrated signal of the layers that read them; the most sensitive groups stand "
         f"first. {text.PREDICTS.get(report.criterion, '')}"
     )
     return [

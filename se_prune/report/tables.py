@@ -12,7 +12,7 @@ from se_prune import text
 from se_prune.records import Budget, GroupPlan, Plan
 from se_prune.report import changes
 from se_prune.report.changes import dense_and_last
-from se_prune.results import Exported, GroupSensitivity, Latency, Run, SiteSummary
+from se_prune.results import SENSITIVITY_SHARES, Exported, GroupSensitivity, Latency, Run, SiteSummary
 
 #: Tables longer than this are folded away behind their caption.
 LONG = 24
@@ -210,7 +210,12 @@ def sensitivity(found: Sequence[GroupSensitivity]) -> Table:
     """Return what channel groups are predicted to lose with some of their channels, and how many those are."""
     return Table(
         caption="Predicted loss by channels removed",
-        head=("group", "kind", "channels", *(f"without {share}" for share in ("¼", "½", "¾"))),
+        head=(
+            "group",
+            "kind",
+            "channels",
+            *(f"without {text.percent(share, 0)}" for share in SENSITIVITY_SHARES),
+        ),
         align="llrrrr",
         rows=tuple(
             (g.name, g.kind, text.count(g.channels), *map(text.loss, g.predicted_loss)) for g in found

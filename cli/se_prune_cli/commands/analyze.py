@@ -93,8 +93,9 @@ def command(
     from se_prune.folding import liveness
     from se_prune.gates.summary import summarise
     from se_prune.pipeline.details import gate_report, require_known
-    from se_prune.pipeline.sensitivity import MEASURED, SHARES, require_comparable
+    from se_prune.pipeline.sensitivity import MEASURED, require_comparable
     from se_prune.report import write_gate_figures, write_gate_report
+    from se_prune.results import SENSITIVITY_SHARES
     from se_prune.schema import to_dict
 
     out = Output(as_json)
@@ -150,7 +151,7 @@ def command(
             "sites": [to_dict(s) for s in summaries],
             "sensitivity": {
                 "criterion": criterion,
-                "shares": list(SHARES),
+                "shares": list(SENSITIVITY_SHARES),
                 "groups": [to_dict(group) for group in groups],
             },
             "output": None if output is None else str(output),
