@@ -3,15 +3,18 @@
 Beside them torch-pruning's own pruner, as its users run it: one ratio for every layer (local) or one threshold for all
 (global), found by bisection so that the MACs agree, and the same fine-tune. Resumable: each finished row is a line of
 `criteria.jsonl`; two processes of one thread each share the work. Networks that do not come with the package are
-opened from `reports/trained/`, where the recipes `fashion_*.toml` left them. Rows that keep 30 % of the MACs are
-fine-tuned, those that keep half are not: it is most of a row's time.
+opened from `reports/trained/`, where the recipes `fashion_*.toml` and `mnist_*.toml` left them; those of MNIST run
+where the environment's `MNIST` names the folder of its four idx files, and are fine-tuned on 12,000 of its training
+images. Rows that keep 30 % of the MACs are fine-tuned, those that keep half are not: it is most of a row's time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import multiprocessing as mp
+import os
 import statistics as stats
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +33,8 @@ from reports.bench.common import (
 )
 
 TRAINED = FOLDER / "trained"
+#: How the names of networks that saw MNIST end, and how many of its training images the study takes.
+ON_MNIST, MNIST_IMAGES = "_mnist", 12_000
 CRITERIA = ("excitation", "random", "l1", "l2", "bn-scale", "fpgm", "lamp", "taylor", "hessian")
 PRUNERS = ("torch-pruning, local", "torch-pruning, global")
 KEPT = (0.5, 0.3)
@@ -55,8 +60,20 @@ Job = tuple[str, str, float, int]
 
 
 def trained() -> tuple[str, ...]:
-    """Return the names of the networks that were trained for this study and are there."""
-    return tuple(sorted(path.stem for path in TRAINED.glob("*.safetensors")))
+    """Return the names of the networks that were trained for this study and are there, with their images."""
+    names = sorted(path.stem for path in TRAINED.glob("*.safetensors"))
+    return tuple(name for name in names if "MNIST" in os.environ or not name.endswith(ON_MNIST))
+
+
+def images_of(name: str) -> Any:
+    """Return the images that a network was trained on, 12,000 for training."""
+    from se_prune.data import open_data
+    from se_prune.data.source import balanced_subset
+
+    if not name.endswith(ON_MNIST):
+        return open_data("fashion-mnist")
+    data = open_data(os.environ["MNIST"])
+    return dataclasses.replace(data, train=balanced_subset(data.train, MNIST_IMAGES, 0))
 
 
 def opened(name: str) -> Any:
@@ -79,12 +96,11 @@ def _by_criterion(job: Job) -> dict[str, Any]:
     import torch
 
     from se_prune.artifact import Network
-    from se_prune.data import open_data
     from se_prune.pipeline import apply_plan, plan, structure
     from se_prune.records import Budget
 
     name, criterion, kept, seed = job
-    device, data, network = torch.device("cpu"), open_data("fashion-mnist"), opened(name)
+    device, data, network = torch.device("cpu"), images_of(name), opened(name)
     found = structure(network)
     row: dict[str, Any] = {"network": name, "criterion": criterion, "kept": kept, "seed": seed}
     for repair in ("bn", "refit"):  # a criterion may count on the repair that follows
@@ -124,13 +140,12 @@ def _by_pruner(job: Job) -> dict[str, Any]:
     import torch
 
     from se_prune.artifact import Network, clone
-    from se_prune.data import open_data
     from se_prune.data.source import balanced_subset
     from se_prune.pipeline.measure import MEASURED_IMAGES
     from se_prune.surgery.repair import recalibrate_bn
 
     name, pruner, kept, seed = job
-    data, dense = open_data("fashion-mnist"), opened(name)
+    data, dense = images_of(name), opened(name)
     module, macs = _pruned(dense, kept, whole=pruner.endswith("global"))
     cut = Network(module=module, header=dense.header)
     row: dict[str, Any] = {"network": name, "criterion": pruner, "kept": kept, "seed": seed, "macs": macs}
