@@ -111,7 +111,7 @@ class LeftAlone:
 
 GroupKind = Literal["gated", "stream", "inner", "hidden"]
 #: After the cut: BN recalibration alone, least squares before it, or nothing.
-RepairMode = Literal["refit", "bn", "none"]
+RepairMode = Literal["refit", "layers", "bn", "none"]
 #: Hidden units leave by their own scores, in proportion to the channels that they gate, or not at all.
 HiddenPolicy = Literal["prune", "tie", "keep"]
 #: What stands where an SE block was: nothing, or a depthwise 1×1 convolution. Where its multiply could not be taken

@@ -212,7 +212,8 @@ def apply_plan(
         device: Where to repair.
         data: Training images for the proof and the repair; without them the proof takes random images, in
             which less of the network may respond, and nothing is repaired.
-        repair: `refit`: least squares, then BN statistics; `bn`: BN statistics alone; `none`.
+        repair: `refit`: least squares, BN statistics, then scales and shifts towards the dense outputs; `layers`:
+            the same without the last; `bn`: BN statistics alone; `none`.
         seed: Chooses the images.
         reporter: Shows progress.
 
@@ -240,7 +241,8 @@ def apply_plan(
             found,
             chosen,
             mode=repair,
-            subset=balanced_subset(data.train, MEASURED_IMAGES, seed),
+            train=data.train,
+            seed=seed,
             device=device,
             show=show,
         )

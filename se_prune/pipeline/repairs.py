@@ -11,16 +11,21 @@ from se_prune.artifact import Network
 from se_prune.data.source import Split, balanced_subset
 from se_prune.device import inference_batch
 from se_prune.gates.trace import trace
-from se_prune.pipeline.measure import Reporter, Structure
+from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Structure
 from se_prune.records import LayerRefit, Plan, Preprocessing, RepairMode
 from se_prune.schema import to_dict
+from se_prune.surgery.affine import STEPS, tune
 from se_prune.surgery.refit import HELD_OUT, refit
 from se_prune.surgery.repair import recalibrate_bn, recalibrate_where_nearer
 
 #: Images that least squares is fitted on, at most; of each only some positions are taken (`gates.moments`).
 REFIT_IMAGES = 2048
+#: Images, at most, that scales and shifts are tuned on.
+TUNED_IMAGES = 8192
 #: Images that run at once: of least squares, and of BN statistics, whose averages are of whole batches.
 REFIT_BATCH, BN_BATCH = 128, 250
+#: How many times the memory of inference gradients take.
+GRADIENTS = 4
 #: Positions of images that run at once, where that is more than a batch of plain inference; larger ones take memory.
 BATCH_POSITIONS = 1 << 20
 
@@ -32,12 +37,13 @@ def repair_network(
     chosen: Plan,
     *,
     mode: RepairMode,
-    subset: Split,
+    train: Split,
+    seed: int,
     device: torch.device,
     show: Reporter,
 ) -> tuple[dict[str, Any], tuple[LayerRefit, ...]]:
     """Repair a cut module in place; return what was done, for the history, and the layers' fits."""
-    preprocessing = dense.header.preprocessing
+    preprocessing, subset = dense.header.preprocessing, balanced_subset(train, MEASURED_IMAGES, seed)
     most = batch_of(preprocessing, device)
     done: dict[str, Any] = {"images": len(subset)}
     if mode == "bn":
@@ -80,6 +86,19 @@ def repair_network(
             batch_size=min(BN_BATCH, most),
             on_batch=update,
         )
+    if mode == "refit":
+        more = balanced_subset(train, TUNED_IMAGES, seed)
+        with show.stage("repair: scales and shifts", STEPS * len(more)) as update:
+            done["tuned"] = tune(
+                dense.module,
+                module,
+                more,
+                preprocessing,
+                device=device,
+                batch_size=min(REFIT_BATCH, max(1, most // GRADIENTS)),
+                seed=seed,
+                on_images=update,
+            )
     dense.module.cpu()
     module.cpu()
     return done | {

@@ -28,7 +28,7 @@ def excitation(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tupl
     """Score channels by the share of the recalibrated signal that is lost with them after repair."""
     signal = describe(evidence)
     energy = energy_scores(signal, wanted)
-    if evidence.repair != "refit":
+    if evidence.repair not in {"refit", "layers"}:
         return energy
     residual = obs_scores(evidence, signal, wanted)
     return {

@@ -55,7 +55,7 @@ class Criterion:
 
     def wants(self, repair: RepairMode) -> frozenset[str]:
         """Return which evidence it reads where `repair` follows the cut."""
-        return self.needs | self.needs_for_refit if repair == "refit" else self.needs
+        return self.needs | self.needs_for_refit if repair in {"refit", "layers"} else self.needs
 
 
 CRITERIA: dict[str, Criterion] = {}

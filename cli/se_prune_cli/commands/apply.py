@@ -83,7 +83,10 @@ def command(
     ] = None,
     repair: Annotated[
         RepairMode,
-        typer.Option(help="After the cut: least squares and BN statistics, BN statistics alone, or nothing."),
+        typer.Option(
+            help="After the cut: least squares, BN statistics, scales and shifts; the same without the last; BN "
+            "statistics alone; or nothing."
+        ),
     ] = "refit",
     classes: Classes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and prove, write nothing.")] = False,

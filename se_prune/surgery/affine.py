@@ -1,0 +1,372 @@
+"""Gauss-Newton steps that bring a cut network's outputs nearer to the dense network's, by scales and shifts alone.
+
+Least squares repairs one layer at a time and cannot see what its error does further on. Here the scale and the shift of
+every channel after a BN, and of every output of the classifier, move together: a step minimises the second-order model
+of the KL divergence from the dense network's class probabilities. Its curvature is the Gauss-Newton matrix
+E[Jᵀ(diag q − qqᵀ)J] (Martens, "New insights and perspectives on the natural gradient method", JMLR 2020), of which
+every image gives one random row ξᵀ(diag q − qqᵀ)^½J, and conjugate gradients solve with it. No labels, no learning
+rate: held-out images choose a step's damping and length, and refuse it where it does not help there.
+
+Shapes: N images, K classes, C channels of a module, P scales and shifts in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from se_prune import distributed
+from se_prune.artifact import NORM_TYPES
+from se_prune.data.source import shared_batches
+from se_prune.device import inference_batch
+from se_prune.records import Preprocessing
+
+if TYPE_CHECKING:
+    from se_prune.data import Split
+
+#: Steps at most; all take the curvature of the first.
+STEPS = 2
+#: Every n-th image is held out.
+HELD_OUT = 8
+#: Damping of a step, as a share of the curvature's mean diagonal, and its length.
+DAMPING = (0.1, 1.0)
+LENGTHS = (0.5, 1.0)
+#: A step is taken where the held-out divergence falls by more standard errors than this.
+CERTAIN = 1.0
+#: Conjugate gradients stop at this residual, relative to the gradient, or after so many products.
+RESIDUAL, PRODUCTS = 1e-3, 200
+#: Least images per scale or shift; with fewer nothing is tried.
+LEAST_SHARE = 0.25
+#: Bytes of the images' rows (N, P) of one process; where they would take more, fewer images are used.
+ROW_BYTES = 1 << 29
+
+
+@dataclass(slots=True)
+class _Knob:
+    """A module whose output's channels are scaled around its shift and moved: y + a·(y − β) + b·σ."""
+
+    module: Any
+    spread: torch.Tensor | None = None  # σ (C,), from the first batch
+    slopes: torch.Tensor | None = None  # of a, then of b: (N, 2·C), of the batch that runs
+    leaves: list[torch.Tensor] = field(default_factory=list)  # where gradients end, of all knobs
+
+    @property
+    def channels(self) -> int:
+        return len(self.module.weight)
+
+    def hook(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Watch what reaches the output backwards; a leaf begins here where no other module did before."""
+        if self.spread is None:
+            self.spread = output.detach().transpose(0, 1).flatten(1).std(1).clamp_min(1e-6)
+        is_norm = isinstance(module, NORM_TYPES)
+        seen = (
+            inputs[0].detach() if is_norm else output.detach()
+        )  # the output of a BN may be changed in place
+
+        def backwards(slope: torch.Tensor) -> None:
+            moved, scaled = (t.flatten(2).sum(2) if t.ndim > 2 else t for t in (slope, slope * seen))
+            if is_norm:
+                factor = module.weight / (module.running_var + module.eps).sqrt()
+                scaled = (scaled - moved * module.running_mean) * factor
+            else:
+                scaled = scaled - moved * module.bias
+            assert self.spread is not None
+            slopes = torch.cat([scaled, moved * self.spread], 1)
+            self.slopes = slopes if self.slopes is None else self.slopes + slopes
+
+        begins = not output.requires_grad
+        if begins:
+            output = output.detach().requires_grad_(True)
+            self.leaves.append(output)
+        output.register_hook(backwards)  # type: ignore[no-untyped-call]
+        return output.clone() if begins else output
+
+    @torch.no_grad()
+    def move(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        """Put a change (C,) of both into the weights."""
+        assert self.spread is not None
+        weight, own = self.module.weight, scale.to(self.module.weight)
+        weight.mul_((1 + own).view(-1, *(1,) * (weight.ndim - 1)))
+        self.module.bias.add_(shift.to(own) * self.spread)
+
+
+def _knobs(model: nn.Module, example: torch.Tensor) -> list[_Knob]:
+    """Return what can be moved: BN with scale and shift, and the linear layers that give the output."""
+    found: list[_Knob] = []
+    seen: dict[str, torch.Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                seen[name], shapes[name] = output, tuple(output.shape)
+
+        return hook
+
+    modules = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, (*NORM_TYPES, nn.Linear)) and m.weight is not None and m.bias is not None
+    }
+    handles = [m.register_forward_hook(watch(name)) for name, m in modules.items()]
+    try:
+        with torch.no_grad():
+            logits = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, shape in shapes.items():
+        module: Any = modules[name]
+        gives = isinstance(module, NORM_TYPES) or seen[name].data_ptr() == logits.data_ptr()
+        if gives and len(shape) in (2, 4) and shape[:2] == (len(example), len(module.weight)):
+            found.append(_Knob(module=module))
+    return found
+
+
+@contextmanager
+def _turning(model: nn.Module, knobs: Sequence[_Knob]) -> Iterator[None]:
+    """Let gradients reach the knobs of every image, and nothing else."""
+    needed = [p for p in model.parameters() if p.requires_grad]
+    handles = [knob.module.register_forward_hook(knob.hook) for knob in knobs]
+    try:
+        for parameter in needed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
+
+
+def _slopes(
+    dense: nn.Module,
+    model: nn.Module,
+    knobs: Sequence[_Knob],
+    batches: Iterator[torch.Tensor],
+    generator: torch.Generator | None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return a random row (N, P) of the curvature per image, by batches, and the summed gradient (P,).
+
+    Without a generator there are no rows.
+    """
+    rows: list[torch.Tensor] = []
+    gradient = torch.zeros(sum(2 * knob.channels for knob in knobs), dtype=torch.float64)
+    with _turning(model, knobs), torch.enable_grad():
+        for images in batches:
+            leaves: list[torch.Tensor] = []
+            for knob in knobs:
+                knob.leaves = leaves
+            with torch.no_grad():
+                wanted = dense(images).float().softmax(1)
+            logits = model(images).float()
+            q = logits.detach().softmax(1)
+            if generator is not None:
+                root = q.sqrt() * (torch.randint(0, 2, q.shape, generator=generator).to(q) * 2 - 1)
+                row = root - q * root.sum(1, keepdim=True)
+                rows.append(_backwards(logits, row, knobs, leaves, again=True))
+            slope = _backwards(logits, q - wanted, knobs, leaves, again=False)
+            gradient += slope.double().sum(0).cpu()
+    for knob in knobs:
+        knob.slopes = None
+        knob.leaves = []
+    return rows, gradient
+
+
+def _backwards(
+    logits: torch.Tensor,
+    slope: torch.Tensor,
+    knobs: Sequence[_Knob],
+    leaves: Sequence[torch.Tensor],
+    *,
+    again: bool,
+) -> torch.Tensor:
+    """Return what a slope (N, K) of the logits is of every scale and shift (N, P)."""
+    for knob in knobs:
+        knob.slopes = None
+    torch.autograd.grad(logits, list(leaves), slope, retain_graph=again, allow_unused=True)
+    return torch.cat(
+        [
+            logits.new_zeros(len(logits), 2 * knob.channels) if knob.slopes is None else knob.slopes
+            for knob in knobs
+        ],
+        1,
+    )
+
+
+def _solve(
+    product: Callable[[torch.Tensor], torch.Tensor], wanted: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
+    """Solve a positive definite system by conjugate gradients."""
+    x = start.clone()
+    residual = wanted - product(x)
+    direction, size = residual.clone(), residual @ residual
+    for _ in range(PRODUCTS):
+        if size <= RESIDUAL**2 * (wanted @ wanted):
+            break
+        moved = product(direction)
+        length = size / (direction @ moved)
+        x = x + length * direction
+        residual = residual - length * moved
+        size, before = residual @ residual, size
+        direction = residual + size / before * direction
+    return x
+
+
+def _directions(
+    rows: Sequence[torch.Tensor], diagonal: float, gradient: torch.Tensor, count: int
+) -> Iterator[torch.Tensor]:
+    """Yield the step (P,) of each damping, for sums over the `count` images of all processes."""
+    step = torch.zeros_like(gradient)
+    for damping in sorted(DAMPING, reverse=True):
+
+        def product(v: torch.Tensor, damping: float = damping) -> torch.Tensor:
+            result = torch.zeros_like(v)
+            for part in rows:
+                result += (part.mT @ (part @ v.to(part))).cpu().double()
+            distributed.add_up(result)
+            return result / count + damping * diagonal * v
+
+        step = _solve(product, -gradient / count, step)
+        yield step
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """The held-out images of this process with the dense network's log-probabilities (N, K)."""
+
+    batches: list[torch.Tensor]
+    wanted: list[torch.Tensor]
+
+    def divergences(self, model: nn.Module) -> torch.Tensor:
+        """Return the KL divergence (N,) of each image."""
+        parts = [
+            functional.kl_div(
+                model(images).float().log_softmax(1), wanted, reduction="none", log_target=True
+            ).sum(1)
+            for images, wanted in zip(self.batches, self.wanted, strict=True)
+        ]
+        return torch.cat(parts).double().cpu() if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _mean(values: torch.Tensor) -> tuple[float, float]:
+    """Return the mean over the images of all processes, and its standard error."""
+    sums = torch.stack([torch.tensor(float(len(values))).double(), values.sum(), values.square().sum()])
+    distributed.add_up(sums)
+    count, total, squares = sums.tolist()
+    count = max(count, 1.0)
+    variance = max(0.0, squares / count - (total / count) ** 2)
+    return total / count, (variance / max(count - 1, 1.0)) ** 0.5
+
+
+@torch.no_grad()
+def tune(
+    dense: nn.Module,
+    model: nn.Module,
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    batch_size: int,
+    seed: int = 0,
+    on_images: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Move the scales and shifts of `model`, in place, towards the dense network's outputs.
+
+    Args:
+        dense: The network before the cut.
+        model: The same network cut and repaired; both end on `device` in eval mode.
+        split: Images; every `HELD_OUT`-th only chooses and checks.
+        preprocessing: How the networks want their images.
+        device: Where to compute.
+        batch_size: Images that run at once, with gradients.
+        seed: Of the random rows.
+        on_images: Called with the count of images that are done.
+
+    Returns:
+        The divergence on the held-out images before the first step and after every step taken.
+    """
+    dense.to(device).eval()
+    model.to(device).eval()
+    order = torch.arange(len(split))
+    held = split.take(order[HELD_OUT - 1 :: HELD_OUT])
+    used = order[order % HELD_OUT != HELD_OUT - 1]
+    judge = _Judge([], [])
+    for images, _ in shared_batches(held, inference_batch(device), preprocessing):
+        judge.batches.append(images.to(device))
+        judge.wanted.append(dense(judge.batches[-1]).float().log_softmax(1))
+    current = judge.divergences(model)
+    found = [_mean(current)[0]]
+    first, _ = next(iter(split.take(order[:2]).batches(2, preprocessing)))
+    knobs = _knobs(model, first.to(device))
+    parameters = 2 * sum(knob.channels for knob in knobs)
+    used = used[: ROW_BYTES // (4 * max(1, parameters)) * distributed.size()]
+    if not parameters or len(used) < LEAST_SHARE * parameters:
+        return found
+    mine, rows, diagonal = split.take(used), list[torch.Tensor](), 0.0
+    generator = torch.Generator().manual_seed((seed << 16) + distributed.rank())
+    for step in range(STEPS):
+        batches = _told(mine, batch_size, preprocessing, device, on_images)
+        own, gradient = _slopes(dense, model, knobs, batches, None if step else generator)
+        if not step:
+            rows = own
+            squares = torch.tensor(sum(float(r.square().sum()) for r in rows), dtype=torch.float64)
+            distributed.add_up(squares)
+            diagonal = float(squares) / len(used) / parameters
+        distributed.add_up(gradient)
+        better = _best(model, knobs, judge, current, _directions(rows, diagonal, gradient, len(used)))
+        if better is None:
+            break
+        current = better
+        found.append(_mean(current)[0])
+    return found
+
+
+def _told(
+    split: Split,
+    batch_size: int,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    on_images: Callable[[int], None] | None,
+) -> Iterator[torch.Tensor]:
+    for images, _ in shared_batches(split, batch_size, preprocessing):
+        yield images.to(device)
+        if on_images is not None:
+            on_images(len(images) * distributed.size())
+
+
+def _best(
+    model: nn.Module,
+    knobs: Sequence[_Knob],
+    judge: _Judge,
+    current: torch.Tensor,
+    directions: Iterator[torch.Tensor],
+) -> torch.Tensor | None:
+    """Take the best of the steps and return the divergences (N,) after it, or None where none is sure to help."""
+    before = [(knob.module.weight.clone(), knob.module.bias.clone()) for knob in knobs]
+    best: tuple[float, torch.Tensor, torch.Tensor] | None = None
+    for direction in directions:
+        for length in LENGTHS:
+            _move(knobs, before, length * direction)
+            values = judge.divergences(model)
+            fall, error = _mean(current - values)
+            if fall > CERTAIN * error and (best is None or fall > best[0]):
+                best = fall, length * direction, values
+    _move(knobs, before, torch.zeros(2 * sum(k.channels for k in knobs)) if best is None else best[1])
+    return None if best is None else best[2]
+
+
+def _move(
+    knobs: Sequence[_Knob], before: Sequence[tuple[torch.Tensor, torch.Tensor]], step: torch.Tensor
+) -> None:
+    parts = iter(torch.split(step, [n for knob in knobs for n in (knob.channels,) * 2]))
+    for knob, (weight, bias) in zip(knobs, before, strict=True):
+        knob.module.weight.copy_(weight)
+        knob.module.bias.copy_(bias)
+        knob.move(next(parts), next(parts))
