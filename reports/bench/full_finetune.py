@@ -1,6 +1,6 @@
-"""A full fine-tune after the cut: a quarter of the training epochs on the whole training set, distilled (logits and features).
+"""A full fine-tune after the cut: a quarter of the training epochs on the whole training set.
 
-The environment's `FASHION_MNIST` names the folder of the four idx files. Resumable: a run that is killed goes on at its
+Distilled from the dense network, logits and features. The environment's `FASHION_MNIST` names the folder of the four idx files. Resumable: a run that is killed goes on at its
 step, and each finished one is a line of `full_finetune.jsonl`.
 """
 
@@ -23,8 +23,8 @@ KEPT = (0.5, 0.3)
 SEEDS = (0, 1, 2)
 ROWS = FOLDER / "full_finetune.jsonl"
 STATES = FOLDER.parent / "runs" / "full_finetune"
-#: A quarter of the 32 epochs of `recipes/fashion_se_resnet20.toml`, with its augmentation; features are distilled as well,
-#: which won half a point in `reports/distill.md`.
+#: A quarter of the 32 epochs of `recipes/fashion_se_resnet20.toml`, with its augmentation; features are distilled as
+#: well, which won half a point in `reports/distill.md`.
 SETTINGS: dict[str, Any] = {
     "epochs": 8,
     "batch_size": 128,
