@@ -31,6 +31,7 @@ from se_prune.gates.sites import find_sites
 from se_prune.gates.statistics import collect
 from se_prune.records import Preprocessing
 from se_prune.settings import TrainSettings
+from se_prune.surgery.affine import tune
 from se_prune.surgery.repair import divergence, recalibrate_bn
 from se_prune.training import fit
 from se_prune.training.losses import FeatureMatch
@@ -92,6 +93,11 @@ def measured(images: Path) -> dict[str, torch.Tensor]:
     found["divergence"] = torch.tensor(divergence(model, other, split, GREY, device=CPU), dtype=torch.float64)
     recalibrate_bn(other, split, GREY, device=CPU, batch_size=8)
     found |= {f"bn {name}": value.double() for name, value in other.named_buffers()}
+    many = stripes(320)
+    found["tuned"] = torch.tensor(
+        tune(model, other, many, GREY, device=CPU, batch_size=8), dtype=torch.float64
+    )
+    found |= {f"tuned {name}": value.detach().double() for name, value in other.named_parameters()}
     return found | of_folder(images)
 
 
@@ -118,7 +124,9 @@ def compressed(network: Path) -> dict[str, torch.Tensor]:
     found = {}
     for criterion in ("excitation", "gate-fisher", "taylor", "hessian"):
         pairs = [(split.images.float() / 255, split.labels)]
-        applied = se_prune.compress(model, pairs, macs=0.6, criterion=criterion, device="cpu")
+        applied = se_prune.compress(
+            model, pairs, macs=0.6, criterion=criterion, repair="layers", device="cpu"
+        )
         found |= {f"{criterion} {k}": v.double() for k, v in applied.network.module.state_dict().items()}
         removed = [index for group in applied.plan.groups for index in group.removed]
         found[f"{criterion} plan"] = torch.tensor(removed)

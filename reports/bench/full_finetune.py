@@ -1,7 +1,8 @@
 """A full fine-tune after the cut: a quarter of the training epochs on the whole training set.
 
-Distilled from the dense network, logits and features. The environment's `FASHION_MNIST` names the folder of the four idx files. Resumable: a run that is killed goes on at its
-step, and each finished one is a line of `full_finetune.jsonl`.
+Distilled from the dense network, logits and features. The environment's `FASHION_MNIST` names the folder of the four
+idx files. Resumable: a run that is killed goes on at its step, and each finished one is a line of
+`full_finetune.jsonl`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from se_prune import distributed
 from se_prune.artifact import NORM_TYPES
-from se_prune.data.source import shared_batches
+from se_prune.data.source import share_unreadable, shared_batches
 from se_prune.device import inference_batch
 from se_prune.records import Preprocessing
 
@@ -41,6 +41,8 @@ LENGTHS = (0.5, 1.0)
 CERTAIN = 1.0
 #: Conjugate gradients stop at this residual, relative to the gradient, or after so many products.
 RESIDUAL, PRODUCTS = 1e-3, 200
+#: Least spread of a channel, in whose units it is shifted, and how many images tell it.
+LEAST_SPREAD, SPREAD_IMAGES = 1e-6, 16
 #: Least images per scale or shift; with fewer nothing is tried.
 LEAST_SHARE = 0.25
 #: Bytes of the images' rows (N, P) of one process; where they would take more, fewer images are used.
@@ -52,7 +54,7 @@ class _Knob:
     """A module whose output's channels are scaled around its shift and moved: y + a·(y − β) + b·σ."""
 
     module: Any
-    spread: torch.Tensor | None = None  # σ (C,), from the first batch
+    spread: torch.Tensor  # σ (C,)
     slopes: torch.Tensor | None = None  # of a, then of b: (N, 2·C), of the batch that runs
     leaves: list[torch.Tensor] = field(default_factory=list)  # where gradients end, of all knobs
 
@@ -62,8 +64,6 @@ class _Knob:
 
     def hook(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Watch what reaches the output backwards; a leaf begins here where no other module did before."""
-        if self.spread is None:
-            self.spread = output.detach().transpose(0, 1).flatten(1).std(1).clamp_min(1e-6)
         is_norm = isinstance(module, NORM_TYPES)
         seen = (
             inputs[0].detach() if is_norm else output.detach()
@@ -76,7 +76,6 @@ class _Knob:
                 scaled = (scaled - moved * module.running_mean) * factor
             else:
                 scaled = scaled - moved * module.bias
-            assert self.spread is not None
             slopes = torch.cat([scaled, moved * self.spread], 1)
             self.slopes = slopes if self.slopes is None else self.slopes + slopes
 
@@ -90,26 +89,30 @@ class _Knob:
     @torch.no_grad()
     def move(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
         """Put a change (C,) of both into the weights."""
-        assert self.spread is not None
         weight, own = self.module.weight, scale.to(self.module.weight)
         weight.mul_((1 + own).view(-1, *(1,) * (weight.ndim - 1)))
         self.module.bias.add_(shift.to(own) * self.spread)
 
 
 def _knobs(model: nn.Module, example: torch.Tensor) -> list[_Knob]:
-    """Return what can be moved: BN with scale and shift, and the linear layers that give the output."""
+    """Return what can be moved: BN with scale and shift, and the linear layer that gives the output.
+
+    The spreads of their outputs are those of the example.
+    """
     found: list[_Knob] = []
     seen: dict[str, torch.Tensor] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    spreads: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                seen[name], shapes[name] = output, tuple(output.shape)
+            wanted = (len(example), len(modules[name].weight))
+            if isinstance(output, torch.Tensor) and output.ndim in {2, 4} and output.shape[:2] == wanted:
+                seen[name] = output
+                spreads[name] = output.transpose(0, 1).flatten(1).std(1).clamp_min(LEAST_SPREAD)
 
         return hook
 
-    modules = {
+    modules: dict[str, Any] = {
         name: m
         for name, m in model.named_modules()
         if isinstance(m, (*NORM_TYPES, nn.Linear)) and m.weight is not None and m.bias is not None
@@ -121,11 +124,9 @@ def _knobs(model: nn.Module, example: torch.Tensor) -> list[_Knob]:
     finally:
         for handle in handles:
             handle.remove()
-    for name, shape in shapes.items():
-        module: Any = modules[name]
-        gives = isinstance(module, NORM_TYPES) or seen[name].data_ptr() == logits.data_ptr()
-        if gives and len(shape) in (2, 4) and shape[:2] == (len(example), len(module.weight)):
-            found.append(_Knob(module=module))
+    for name, spread in spreads.items():
+        if isinstance(modules[name], NORM_TYPES) or seen[name].data_ptr() == logits.data_ptr():
+            found.append(_Knob(module=modules[name], spread=spread))
     return found
 
 
@@ -150,11 +151,11 @@ def _slopes(
     model: nn.Module,
     knobs: Sequence[_Knob],
     batches: Iterator[torch.Tensor],
-    generator: torch.Generator | None,
+    signs: torch.Tensor | None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return a random row (N, P) of the curvature per image, by batches, and the summed gradient (P,).
 
-    Without a generator there are no rows.
+    `signs` (N, K) are the random ±1 of a row; without them there are none.
     """
     rows: list[torch.Tensor] = []
     gradient = torch.zeros(sum(2 * knob.channels for knob in knobs), dtype=torch.float64)
@@ -167,8 +168,9 @@ def _slopes(
                 wanted = dense(images).float().softmax(1)
             logits = model(images).float()
             q = logits.detach().softmax(1)
-            if generator is not None:
-                root = q.sqrt() * (torch.randint(0, 2, q.shape, generator=generator).to(q) * 2 - 1)
+            if signs is not None:
+                own, signs = signs[: len(images)], signs[len(images) :]
+                root = q.sqrt() * own.to(q)
                 row = root - q * root.sum(1, keepdim=True)
                 rows.append(_backwards(logits, row, knobs, leaves, again=True))
             slope = _backwards(logits, q - wanted, knobs, leaves, again=False)
@@ -303,17 +305,20 @@ def tune(
         judge.wanted.append(dense(judge.batches[-1]).float().log_softmax(1))
     current = judge.divergences(model)
     found = [_mean(current)[0]]
-    first, _ = next(iter(split.take(order[:2]).batches(2, preprocessing)))
+    first, _ = next(iter(split.take(order[:SPREAD_IMAGES]).batches(SPREAD_IMAGES, preprocessing)))
     knobs = _knobs(model, first.to(device))
     parameters = 2 * sum(knob.channels for knob in knobs)
     used = used[: ROW_BYTES // (4 * max(1, parameters)) * distributed.size()]
     if not parameters or len(used) < LEAST_SHARE * parameters:
         return found
-    mine, rows, diagonal = split.take(used), list[torch.Tensor](), 0.0
-    generator = torch.Generator().manual_seed((seed << 16) + distributed.rank())
+    places = distributed.share(len(used), batch_size)
+    generator = torch.Generator().manual_seed(seed)  # the signs of an image do not depend on who has it
+    classes = dense(first.to(device)).shape[1]
+    signs = 2 * torch.randint(0, 2, (len(used), classes), generator=generator, dtype=torch.int8)[places] - 1
+    mine, rows, diagonal = split.take(used[places]), list[torch.Tensor](), 0.0
     for step in range(STEPS):
         batches = _told(mine, batch_size, preprocessing, device, on_images)
-        own, gradient = _slopes(dense, model, knobs, batches, None if step else generator)
+        own, gradient = _slopes(dense, model, knobs, batches, None if step else signs)
         if not step:
             rows = own
             squares = torch.tensor(sum(float(r.square().sum()) for r in rows), dtype=torch.float64)
@@ -335,10 +340,11 @@ def _told(
     device: torch.device,
     on_images: Callable[[int], None] | None,
 ) -> Iterator[torch.Tensor]:
-    for images, _ in shared_batches(split, batch_size, preprocessing):
+    for images, _ in split.batches(batch_size, preprocessing):
         yield images.to(device)
         if on_images is not None:
             on_images(len(images) * distributed.size())
+    share_unreadable(split)
 
 
 def _best(

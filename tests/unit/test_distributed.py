@@ -77,11 +77,12 @@ def test_both_processes_end_with_the_same_bits(two):
 def test_passes_over_images_equal_those_of_one_process(one, two):
     found, expected = part(two[0][0], "measured"), part(one, "measured")
     assert found.keys() == expected.keys()
-    exact = {name for name in expected if " bn " not in name}
+    exact = {name for name in expected if " bn " not in name and " tuned" not in name}
     assert len(exact) > 40
     assert sum("gram" in name for name in exact) == 18
     off = {name: largest_difference(found[name], expected[name]) for name in expected}
-    assert {name: gap for name, gap in off.items() if gap > (1e-12 if name in exact else 1e-6)} == {}
+    within = {name: 1e-12 if name in exact else 1e-2 if " tuned" in name else 1e-6 for name in off}
+    assert {name: gap for name, gap in off.items() if gap > within[name]} == {}
 
 
 def test_every_image_is_counted_once(one, two):

@@ -1,0 +1,141 @@
+"""The repair of scales and shifts: its slopes, its solver, what it moves, and where it must refuse."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from se_prune.artifact import NORM_TYPES
+from se_prune.checkpoint import open_model
+from se_prune.data import open_data
+from se_prune.data.source import balanced_subset
+from se_prune.surgery import affine
+from se_prune.surgery.affine import tune
+
+CPU = torch.device("cpu")
+NETWORKS = ("zoo:se_resnet20", "zoo:se_mobilenet_x025")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """Return some of the bundled training images."""
+    order = balanced_subset(open_data("fashion-mnist").train, 2000, 0)
+    return lambda count, start=0: order.take(torch.arange(start, start + count))
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def pair(request):
+    """A trained network and the same with its scales and shifts disturbed, as a cut would leave them."""
+    torch.manual_seed(0)
+    network = open_model(request.param, pretrained=True)
+    dense = network.module.eval()
+    other = copy.deepcopy(dense)
+    with torch.no_grad():
+        for module in other.modules():
+            if isinstance(module, NORM_TYPES):
+                module.weight.mul_(1 + 0.1 * torch.randn_like(module.weight))
+                module.bias.add_(0.1 * torch.randn_like(module.bias))
+    return dense, other, network.header.preprocessing
+
+
+def run(dense, model, see, split):
+    return tune(dense, model, split, see, device=CPU, batch_size=64)
+
+
+def moved(before, after):
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def test_it_comes_nearer_by_scales_and_shifts_alone(pair, pixels, monkeypatch):
+    monkeypatch.setattr(affine, "LEAST_SHARE", 0.0)
+    dense, other, see = pair
+    model = copy.deepcopy(other)
+    divergences = run(dense, model, see, pixels(640))
+    assert len(divergences) > 1
+    assert divergences == sorted(divergences, reverse=True)
+    unseen = next(iter(pixels(256, start=640).batches(256, see)))[0]
+    with torch.no_grad():
+        wanted, was, now = (m(unseen).log_softmax(1) for m in (dense, other, model))
+    before, after = (functional.kl_div(x, wanted, reduction="batchmean", log_target=True) for x in (was, now))
+    assert after < 0.9 * before
+    knobs = {n for n, m in model.named_modules() if isinstance(m, (*NORM_TYPES, nn.Linear))}
+    changed = moved(other.state_dict(), model.state_dict())
+    assert changed
+    assert {name.rpartition(".")[0] for name in changed} <= knobs
+    assert {name.rpartition(".")[2] for name in changed} == {"weight", "bias"}
+
+
+def test_nothing_moves_where_nothing_is_wrong(pair, pixels, monkeypatch):
+    monkeypatch.setattr(affine, "LEAST_SHARE", 0.0)
+    dense, _, see = pair
+    model = copy.deepcopy(dense)
+    assert run(dense, model, see, pixels(128)) == [0.0]
+    assert not moved(dense.state_dict(), model.state_dict())
+
+
+def test_too_few_images_move_nothing(pair, pixels):
+    dense, other, see = pair
+    model = copy.deepcopy(other)
+    assert len(run(dense, model, see, pixels(40))) == 1
+    assert not moved(other.state_dict(), model.state_dict())
+
+
+def test_no_hook_and_no_setting_is_left(pair, pixels, monkeypatch):
+    monkeypatch.setattr(affine, "LEAST_SHARE", 0.0)
+    dense, other, see = pair
+    model = copy.deepcopy(other).requires_grad_(True)
+    frozen = next(iter(model.parameters())).requires_grad_(False)
+    run(dense, model, see, pixels(128))
+    assert [p is frozen for p in model.parameters() if not p.requires_grad] == [True]
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_slopes_are_those_of_autograd(pair, pixels):
+    dense, other, see = pair
+    dense, model = (copy.deepcopy(m).double() for m in (dense, other))
+    images = next(iter(pixels(16).batches(16, see)))[0].double()
+    knobs = affine._knobs(model, images)
+    signs = 2 * torch.randint(0, 2, (16, 10)) - 1
+    rows, gradient = affine._slopes(dense, model, knobs, iter([images]), signs)
+    weights = [(k.module.weight.detach().clone(), k.module.bias.detach().clone()) for k in knobs]
+    changes = [torch.zeros(2 * k.channels, dtype=torch.float64, requires_grad=True) for k in knobs]
+    names = {id(m): name for name, m in model.named_modules()}
+    state = {}
+    for knob, (weight, bias), change in zip(knobs, weights, changes, strict=True):
+        a, b = change.chunk(2)
+        name = names[id(knob.module)]
+        state[f"{name}.weight"] = weight * (1 + a).view(-1, *(1,) * (weight.ndim - 1))
+        state[f"{name}.bias"] = bias + b * knob.spread
+    logits = torch.func.functional_call(model, state, (images,))
+    wanted = dense(images).detach().log_softmax(1)
+    divergence = functional.kl_div(logits.log_softmax(1), wanted, reduction="sum", log_target=True)
+    slopes = torch.cat(torch.autograd.grad(divergence, changes, retain_graph=True))
+    assert (gradient - slopes).norm() < 1e-4 * slopes.norm()
+    q = logits.detach().softmax(1)
+    for i in range(3):
+        root = q[i].sqrt() * signs[i]
+        row = torch.cat(
+            torch.autograd.grad(logits[i] @ (root - q[i] * root.sum()), changes, retain_graph=True)
+        )
+        assert (rows[0][i].double() - row).norm() < 1e-4 * row.norm()
+
+
+def test_a_row_has_the_curvature_as_its_mean():
+    torch.manual_seed(0)
+    q = torch.randn(5, dtype=torch.float64).softmax(0)
+    signs = 2.0 * torch.randint(0, 2, (200_000, 5)).double() - 1
+    root = q.sqrt() * signs
+    rows = root - q * root.sum(1, keepdim=True)
+    assert torch.allclose(rows.mT @ rows / len(rows), q.diag() - q.outer(q), atol=2e-3)
+
+
+def test_conjugate_gradients_solve():
+    torch.manual_seed(0)
+    half = torch.randn(30, 20, dtype=torch.float64)
+    matrix, wanted = half.mT @ half + torch.eye(20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    found = affine._solve(lambda v: matrix @ v, wanted, torch.zeros_like(wanted))
+    exact = torch.linalg.solve(matrix, wanted)
+    assert torch.allclose(found, exact, rtol=0, atol=2e-3 * float(exact.norm()))
