@@ -15,6 +15,7 @@ STUDIES = (
     "surgery",
     "folding",
     "latency",
+    "ablation",
     "criteria",
     "discovery",
     "kills",

@@ -92,10 +92,12 @@ def _rows(network: Network, data: DataSource, variants: list[Variant]) -> Iterat
         yield {"criterion": criterion, "gates": gates, "power": power, "hidden": hidden, "top1": top1}
 
 
-def evidence_of(network: Network, data: DataSource, found: Structure, device: torch.device) -> Evidence:
+def evidence_of(
+    network: Network, data: DataSource, found: Structure, device: torch.device, seed: int = 0
+) -> Evidence:
     """Return what criteria may read, measured as `apply` measures it."""
-    statistics = analyze(network, data, device=device, images=MEASURED_IMAGES)
-    subset = balanced_subset(data.train, MEASURED_IMAGES, 0)
+    statistics = analyze(network, data, device=device, images=MEASURED_IMAGES, seed=seed)
+    subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
     return Evidence(
         model=network.module,
         example=found.example,
