@@ -57,7 +57,8 @@ class ApplyTable:
         hidden: Hidden units of SE blocks leave by their own scores (`prune`), in proportion to the channels that they
             gate (`tie`), or not at all (`keep`).
         classes: Names of the classes that the deployment needs; all where there are none.
-        repair: After the cut: least squares and BN statistics (`refit`), BN statistics alone (`bn`), or `none`.
+        repair: After the cut: least squares, BN statistics, then scales and shifts towards the dense network's outputs
+            (`refit`), the same without the last (`layers`), BN statistics alone (`bn`), or `none`.
         fold_gates: Gates that become constants: `none`, `auto`, `all`, a number of them, or their names.
         fold_tolerance: Largest predicted loss of a gate that `auto` folds.
         latency: Budget: the fraction of the dense network's latency that stays, 0 to 1.

@@ -177,6 +177,17 @@ def latency_line(latency: PlannedLatency) -> str:
     )
 
 
+def tuned_line(divergences: Sequence[float]) -> str:
+    """Return one sentence on the repair of scales and shifts."""
+    steps = len(divergences) - 1
+    if not steps:
+        return "scales and shifts: left as they are, no step was sure to help on held-out images"
+    return (
+        f"scales and shifts: {steps} Gauss-Newton {'step' if steps == 1 else 'steps'}; divergence from the dense "
+        f"network's class probabilities {divergences[0]:.4f} → {divergences[-1]:.4f} on held-out images"
+    )
+
+
 def refit_line(refits: Sequence[LayerRefit]) -> str:
     """Return one sentence on the least-squares repair."""
     before, after = (

@@ -30,7 +30,7 @@ from se_prune_cli.output import (
     model_options,
     preprocessing_line,
 )
-from se_prune_cli.tables import costs, fold_rows, latency_line, plan_rows, refit_line
+from se_prune_cli.tables import costs, fold_rows, latency_line, plan_rows, refit_line, tuned_line
 
 if TYPE_CHECKING:
     from se_prune.pipeline import Applied
@@ -185,6 +185,7 @@ def command(
             "after": {"params": applied.after.params, "macs": applied.after.macs},
             "max_abs_diff_masked": applied.max_abs_diff_masked,
             "refit": [to_dict(fit) for fit in applied.refits],
+            "tuned": list(applied.tuned),
             "channels_removed": plan.channels_removed,
             "sites_folded": plan.sites_folded,
             "output": None if dry_run else str(output),
@@ -207,6 +208,8 @@ def _show(out: Output, applied: Applied) -> None:
     out.say(f"equals {twin}: largest difference {applied.max_abs_diff_masked:.1e} in float64")
     if applied.refits:
         out.say(refit_line(applied.refits))
+    if applied.tuned:
+        out.say(tuned_line(applied.tuned))
 
 
 def _require_no_images(
