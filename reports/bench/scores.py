@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from se_prune.device import choose_device
 from se_prune.evaluate import evaluate
 from se_prune.layers import layer_costs
 from se_prune.pipeline import analyze, apply_plan, structure
-from se_prune.pipeline.measure import MEASURED_IMAGES, Structure, first_batches
+from se_prune.pipeline.measure import MEASURED_IMAGES, Structure, evidence_for
 from se_prune.records import Budget, HiddenPolicy
 from se_prune.scoring import Evidence, score
 
@@ -98,16 +97,14 @@ def evidence_of(
     """Return what criteria may read, measured as `apply` measures it."""
     statistics = analyze(network, data, device=device, images=MEASURED_IMAGES, seed=seed)
     subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
-    return Evidence(
-        model=network.module,
-        example=found.example,
-        sites=found.sites,
-        couplings=found.couplings,
-        seed=0,
+    return evidence_for(
+        network,
+        found,
+        subset,
         device=device,
+        seed=seed,
         statistics=statistics,
         energies=statistics.energies,
-        batches=partial(first_batches, subset, network.header.preprocessing),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from se_prune.pipeline.measure import (
     Structure,
     analyze,
     channel_energies,
-    first_batches,
+    evidence_for,
     matching,
     require_statistics,
 )
@@ -54,7 +53,7 @@ from se_prune.records import (
     SitePlan,
 )
 from se_prune.schema import to_dict
-from se_prune.scoring import Evidence, score
+from se_prune.scoring import score
 from se_prune.scoring.registry import find
 from se_prune.surgery.cut import cut, verify
 from se_prune.surgery.fold import fold, kept_constants
@@ -159,17 +158,14 @@ def plan(
             energies = statistics.energies
         elif "energies" in needs and energies is None:
             energies = channel_energies(network, data, subset, device=device, seed=seed, reporter=reporter)
-    preprocessing = network.header.preprocessing
-    evidence = Evidence(
-        model=network.module,
-        example=found.example,
-        sites=found.sites,
-        couplings=found.couplings,
-        seed=seed,
+    evidence = evidence_for(
+        network,
+        found,
+        subset,
         device=device,
+        seed=seed,
         statistics=statistics,
         energies=energies,
-        batches=None if subset is None else partial(first_batches, subset, preprocessing),
         repair=repair,
     )
     with (reporter or Silent()).stage(f"score by {criterion}", None):

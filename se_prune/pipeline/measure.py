@@ -26,7 +26,8 @@ from se_prune.gates.sites import discover, find_sites
 from se_prune.gates.statistics import Statistics, collect
 from se_prune.gates.summary import fold_constants
 from se_prune.preprocessing import example_input
-from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone, Preprocessing
+from se_prune.records import Cost, Coupling, GateSite, Inspection, LeftAlone, Preprocessing, RepairMode
+from se_prune.scoring import Evidence
 from se_prune.zoo import registry
 
 LOG = logging.getLogger("se_prune")
@@ -186,6 +187,35 @@ def first_batches(split: Split, preprocessing: Preprocessing, limit: int | None)
     """Yield this process's share of the first `limit` images of a split, or of all."""
     part = split if limit is None else split.take(torch.arange(min(limit, len(split))))
     yield from shared_batches(part, BATCH, preprocessing)
+
+
+def evidence_for(
+    network: Network,
+    found: Structure,
+    subset: Split | None,
+    *,
+    device: torch.device,
+    seed: int,
+    statistics: Statistics | None,
+    energies: ChannelEnergies | None,
+    repair: RepairMode = "refit",
+) -> Evidence:
+    """Return what criteria may read of a network, and of the images that are measured."""
+    batches = (
+        None if subset is None else functools.partial(first_batches, subset, network.header.preprocessing)
+    )
+    return Evidence(
+        model=network.module,
+        example=found.example,
+        sites=found.sites,
+        couplings=found.couplings,
+        seed=seed,
+        device=device,
+        statistics=statistics,
+        energies=energies,
+        batches=batches,
+        repair=repair,
+    )
 
 
 def require_statistics(network: Network, found: Structure, statistics: Statistics) -> None:

@@ -20,8 +20,8 @@ from se_prune.surgery.repair import recalibrate_bn, recalibrate_where_nearer
 
 #: Images that least squares is fitted on, at most; of each only some positions are taken (`gates.moments`).
 REFIT_IMAGES = 2048
-#: Images, at most, that scales and shifts are tuned on.
-TUNED_IMAGES = 8192
+#: Images, at most, that scales and shifts are tuned on, and on a CPU the MACs of the dense network on all of them.
+TUNED_IMAGES, TUNED_MACS = 8192, 1 << 39
 #: Images that run at once: of least squares, and of BN statistics, whose averages are of whole batches.
 REFIT_BATCH, BN_BATCH = 128, 250
 #: How many times the memory of inference gradients take.
@@ -87,7 +87,8 @@ def repair_network(
             on_batch=update,
         )
     if mode == "refit":
-        more = balanced_subset(train, TUNED_IMAGES, seed)
+        affordable = TUNED_MACS // max(1, found.cost.macs) if device.type == "cpu" else TUNED_IMAGES
+        more = balanced_subset(train, max(1, min(TUNED_IMAGES, affordable)), seed)
         with show.stage("repair: scales and shifts", STEPS * len(more)) as update:
             done["tuned"] = tune(
                 dense.module,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from se_prune.artifact import Network
@@ -11,11 +9,11 @@ from se_prune.data import DataSource
 from se_prune.data.source import balanced_subset
 from se_prune.errors import UsageError
 from se_prune.gates.statistics import Statistics
-from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Silent, first_batches, matching, structure
+from se_prune.pipeline.measure import MEASURED_IMAGES, Reporter, Silent, evidence_for, matching, structure
 from se_prune.planning import sensitivity
 from se_prune.results import SENSITIVITY_SHARES, GroupSensitivity
 from se_prune.scoring import score
-from se_prune.scoring.registry import CRITERIA, Evidence, find
+from se_prune.scoring.registry import CRITERIA, find
 
 #: The criterion that reads nothing but what the statistics pass has measured.
 MEASURED = "gate-energy"
@@ -62,18 +60,16 @@ def sensitivities(
         SurgeryError: The groups of the network cannot be traced.
     """
     require_comparable(criterion)
-    found, preprocessing = structure(network), network.header.preprocessing
+    found = structure(network)
     subset = balanced_subset(matching(network, data).train, MEASURED_IMAGES, seed)
-    evidence = Evidence(
-        model=network.module,
-        example=found.example,
-        sites=found.sites,
-        couplings=found.couplings,
-        seed=seed,
+    evidence = evidence_for(
+        network,
+        found,
+        subset,
         device=device,
+        seed=seed,
         statistics=statistics,
         energies=statistics.energies,
-        batches=partial(first_batches, subset, preprocessing),
     )
     with (reporter or Silent()).stage(f"sensitivity by {criterion}", None):
         scores = score(criterion, evidence)

@@ -45,6 +45,8 @@ RESIDUAL, PRODUCTS = 1e-3, 200
 LEAST_SPREAD, SPREAD_IMAGES = 1e-6, 16
 #: Least images per scale or shift; with fewer nothing is tried.
 LEAST_SHARE = 0.25
+#: Bytes of the held-out images of all processes, at most.
+HELD_BYTES = 1 << 28
 #: Bytes of the images' rows (N, P) of one process; where they would take more, fewer images are used.
 ROW_BYTES = 1 << 29
 
@@ -292,25 +294,27 @@ def tune(
         on_images: Called with the count of images that are done.
 
     Returns:
-        The divergence on the held-out images before the first step and after every step taken.
+        The divergence on the held-out images before the first step and after every step taken; nothing where there
+        are too few images for the scales and shifts, or none of these.
     """
     dense.to(device).eval()
     model.to(device).eval()
     order = torch.arange(len(split))
-    held = split.take(order[HELD_OUT - 1 :: HELD_OUT])
     used = order[order % HELD_OUT != HELD_OUT - 1]
-    judge = _Judge([], [])
-    for images, _ in shared_batches(held, inference_batch(device), preprocessing):
-        judge.batches.append(images.to(device))
-        judge.wanted.append(dense(judge.batches[-1]).float().log_softmax(1))
-    current = judge.divergences(model)
-    found = [_mean(current)[0]]
     first, _ = next(iter(split.take(order[:SPREAD_IMAGES]).batches(SPREAD_IMAGES, preprocessing)))
     knobs = _knobs(model, first.to(device))
     parameters = 2 * sum(knob.channels for knob in knobs)
     used = used[: ROW_BYTES // (4 * max(1, parameters)) * distributed.size()]
     if not parameters or len(used) < LEAST_SHARE * parameters:
-        return found
+        return []
+    most = HELD_BYTES // first[0].nbytes
+    judge = _Judge([], [])
+    held = split.take(order[HELD_OUT - 1 :: HELD_OUT][:most])
+    for images, _ in shared_batches(held, inference_batch(device), preprocessing):
+        judge.batches.append(images.to(device))
+        judge.wanted.append(dense(judge.batches[-1]).float().log_softmax(1))
+    current = judge.divergences(model)
+    found = [_mean(current)[0]]
     places = distributed.share(len(used), batch_size)
     generator = torch.Generator().manual_seed(seed)  # the signs of an image do not depend on who has it
     classes = dense(first.to(device)).shape[1]
