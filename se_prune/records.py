@@ -110,8 +110,10 @@ class LeftAlone:
 
 
 GroupKind = Literal["gated", "stream", "inner", "hidden"]
-#: After the cut: BN recalibration alone, least squares before it, or nothing.
+#: After the cut: least squares, BN recalibration, then scales and shifts; the first two; BN recalibration; or nothing.
 RepairMode = Literal["refit", "layers", "bn", "none"]
+#: Those in which least squares follows the cut.
+REFITTING: frozenset[RepairMode] = frozenset({"refit", "layers"})
 #: Hidden units leave by their own scores, in proportion to the channels that they gate, or not at all.
 HiddenPolicy = Literal["prune", "tie", "keep"]
 #: What stands where an SE block was: nothing, or a depthwise 1×1 convolution. Where its multiply could not be taken

@@ -1,9 +1,12 @@
-"""Do the gates help? `excitation` and the repair with the measured gates, and the same with gates of 1.
+"""Do the gates help? `excitation` and the repair with their weights by gates, and the same without these.
 
-Without gates the scores see features as they are before the gate, and least squares weights all images alike. Nothing
-else differs; nothing is trained, and scales and shifts are not tuned, since that would know the gates again. Beside
-the networks of Fashion-MNIST stands PaddleOCR's text-direction network, where the environment's `LINES_ONNX` names its
-file (`ch_ppocr_mobile_v2.0_cls_infer.onnx` of rapidocr-onnxruntime), on rendered lines of text. Resumable.
+A layer whose outputs a gate scales is worth what the gate lets through: the score multiplies its outputs by E[s²], and
+least squares weights each of them, image by image, by s². Here either is left out. What a layer reads is measured
+behind the gate in any case. So this tells nothing of gates that scale what the next layer reads, as in MobileNetV3 and
+in PaddleOCR's network: there the score has no such weights, and is the same. Nothing is trained, and scales and shifts
+are not tuned, since that would know the gates again. PaddleOCR's text-direction network takes part where the
+environment's `LINES_ONNX` names its file (`ch_ppocr_mobile_v2.0_cls_infer.onnx` of rapidocr-onnxruntime), on rendered
+lines of text. Resumable.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from se_prune.scoring import score
 CPU = torch.device("cpu")
 KEPT = (0.5, 0.3)
 SEEDS = (0, 1, 2)
-#: (the score knows the gates, the repair knows them)
+#: (the score has the weights, the repair has them)
 VARIANTS = ((True, True), (False, True), (False, False))
 LINES, TRAIN_LINES, TEST_LINES = CASES[0], 4096, 4000
 ROWS = FOLDER / "ablation.jsonl"
@@ -114,17 +117,17 @@ def _rows(name: str, seed: int, cases: Sequence[tuple[float, bool, bool]]) -> It
 def report() -> None:
     """Write `reports/ablation.md` from the rows that are there."""
     rows = read_rows(ROWS)
-    body = "# What the gates add\n\n" + __doc__.partition("\n\n")[2].strip() + "\n\n"
+    body = "# What weighting by gates adds\n\n" + __doc__.partition("\n\n")[2].strip() + "\n\n"
     body += (
         "Top-1 on the test images, mean ± deviation over seeds (which choose the images that are measured); the gain "
-        "of the gates in points with half its 95 % interval over the test images, and p (paired over the test images, "
-        "seeds averaged over; two-sided normal).\n\n"
+        "of the weights in points with half its 95 % interval over the test images, and p (paired over the test "
+        "images, seeds averaged over; two-sided normal).\n\n"
     )
     names = sorted({r["network"] for r in rows}, key=lambda n: (n not in NETWORKS, n))
-    columns = ["network", "MACs kept", "dense", "gates in both", "in the repair alone", "in neither"]
+    columns = ["network", "MACs kept", "dense", "weights in both", "in the repair alone", "in neither"]
     lines = [_line(rows, name, kept) for name, kept in itertools.product(names, KEPT)]
     body += markdown_table(
-        [*columns, "gain of the score", "p", "gain of both", "p"], [line for line in lines if line]
+        [*columns, "gain of those in the score", "p", "gain of both", "p"], [line for line in lines if line]
     )
     summary = [{k: top1(v) if k in {"dense", "top1"} else v for k, v in row.items()} for row in rows]
     write_report("ablation", "LINES_ONNX=… python -m reports.bench ablation", body, summary)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from se_prune.records import Coupling
+from se_prune.records import REFITTING, Coupling
 from se_prune.scoring.energy import energy_scores
 from se_prune.scoring.obs import obs_scores
 from se_prune.scoring.registry import Evidence, criterion
@@ -28,7 +28,7 @@ def excitation(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tupl
     """Score channels by the share of the recalibrated signal that is lost with them after repair."""
     signal = describe(evidence)
     energy = energy_scores(signal, wanted)
-    if evidence.repair not in {"refit", "layers"}:
+    if evidence.repair not in REFITTING:
         return energy
     residual = obs_scores(evidence, signal, wanted)
     return {

@@ -12,7 +12,7 @@ from torch import nn
 from se_prune.errors import UsageError, nearest
 from se_prune.gates.energies import ChannelEnergies
 from se_prune.gates.statistics import Statistics
-from se_prune.records import Coupling, GateSite, RepairMode, Scores
+from se_prune.records import REFITTING, Coupling, GateSite, RepairMode, Scores
 
 if TYPE_CHECKING:
     from se_prune.data.batches import Batch
@@ -55,7 +55,7 @@ class Criterion:
 
     def wants(self, repair: RepairMode) -> frozenset[str]:
         """Return which evidence it reads where `repair` follows the cut."""
-        return self.needs | self.needs_for_refit if repair in {"refit", "layers"} else self.needs
+        return self.needs | self.needs_for_refit if repair in REFITTING else self.needs
 
 
 CRITERIA: dict[str, Criterion] = {}

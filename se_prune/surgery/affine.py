@@ -12,20 +12,20 @@ Shapes: N images, K classes, C channels of a module, P scales and shifts in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from se_prune import distributed
 from se_prune.artifact import NORM_TYPES
 from se_prune.data.source import share_unreadable, shared_batches
 from se_prune.device import inference_batch
 from se_prune.records import Preprocessing
+from se_prune.surgery.repair import divergences
 
 if TYPE_CHECKING:
     from se_prune.data import Split
@@ -65,11 +65,12 @@ class _Knob:
         return len(self.module.weight)
 
     def hook(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """Watch what reaches the output backwards; a leaf begins here where no other module did before."""
+        """Watch what reaches the output backwards; a leaf begins here where no other module did before.
+
+        Of a BN the input is kept, as BN itself keeps it: its output may be changed in place.
+        """
         is_norm = isinstance(module, NORM_TYPES)
-        seen = (
-            inputs[0].detach() if is_norm else output.detach()
-        )  # the output of a BN may be changed in place
+        seen = (inputs[0] if is_norm else output).detach()
 
         def backwards(slope: torch.Tensor) -> None:
             moved, scaled = (t.flatten(2).sum(2) if t.ndim > 2 else t for t in (slope, slope * seen))
@@ -148,32 +149,33 @@ def _turning(model: nn.Module, knobs: Sequence[_Knob]) -> Iterator[None]:
             handle.remove()
 
 
+def _rows(q: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Return (diag q − qqᵀ)^½·ξ for probabilities and random signs ξ, both (N, K); its square has that mean."""
+    root = q.sqrt() * signs
+    return root - q * root.sum(1, keepdim=True)
+
+
 def _slopes(
-    dense: nn.Module,
     model: nn.Module,
     knobs: Sequence[_Knob],
-    batches: Iterator[torch.Tensor],
-    signs: torch.Tensor | None,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return a random row (N, P) of the curvature per image, by batches, and the summed gradient (P,).
 
-    `signs` (N, K) are the random ±1 of a row; without them there are none.
+    A batch is images, the dense network's probabilities (N, K), and the signs (N, K) of the rows, without which it
+    gives none.
     """
     rows: list[torch.Tensor] = []
     gradient = torch.zeros(sum(2 * knob.channels for knob in knobs), dtype=torch.float64)
     with _turning(model, knobs), torch.enable_grad():
-        for images in batches:
+        for images, wanted, signs in batches:
             leaves: list[torch.Tensor] = []
             for knob in knobs:
                 knob.leaves = leaves
-            with torch.no_grad():
-                wanted = dense(images).float().softmax(1)
             logits = model(images).float()
             q = logits.detach().softmax(1)
             if signs is not None:
-                own, signs = signs[: len(images)], signs[len(images) :]
-                root = q.sqrt() * own.to(q)
-                row = root - q * root.sum(1, keepdim=True)
+                row = _rows(q, signs.to(q))
                 rows.append(_backwards(logits, row, knobs, leaves, again=True))
             slope = _backwards(logits, q - wanted, knobs, leaves, again=False)
             gradient += slope.double().sum(0).cpu()
@@ -241,21 +243,15 @@ def _directions(
         yield step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Judge:
     """The held-out images of this process with the dense network's log-probabilities (N, K)."""
 
-    batches: list[torch.Tensor]
-    wanted: list[torch.Tensor]
+    batches: list[tuple[torch.Tensor, torch.Tensor]]
 
     def divergences(self, model: nn.Module) -> torch.Tensor:
         """Return the KL divergence (N,) of each image."""
-        parts = [
-            functional.kl_div(
-                model(images).float().log_softmax(1), wanted, reduction="none", log_target=True
-            ).sum(1)
-            for images, wanted in zip(self.batches, self.wanted, strict=True)
-        ]
+        parts = [divergences(model(images), wanted) for images, wanted in self.batches]
         return torch.cat(parts).double().cpu() if parts else torch.zeros(0, dtype=torch.float64)
 
 
@@ -307,48 +303,58 @@ def tune(
     used = used[: ROW_BYTES // (4 * max(1, parameters)) * distributed.size()]
     if not parameters or len(used) < LEAST_SHARE * parameters:
         return []
-    most = HELD_BYTES // first[0].nbytes
-    judge = _Judge([], [])
-    held = split.take(order[HELD_OUT - 1 :: HELD_OUT][:most])
+    judge = _Judge([])
+    held = split.take(order[HELD_OUT - 1 :: HELD_OUT][: HELD_BYTES // first[0].nbytes])
     for images, _ in shared_batches(held, inference_batch(device), preprocessing):
-        judge.batches.append(images.to(device))
-        judge.wanted.append(dense(judge.batches[-1]).float().log_softmax(1))
-    current = judge.divergences(model)
-    found = [_mean(current)[0]]
+        judge.batches.append((images.to(device), dense(images.to(device)).float().log_softmax(1)))
     places = distributed.share(len(used), batch_size)
+    mine, known = split.take(used[places]), list[torch.Tensor]()
     generator = torch.Generator().manual_seed(seed)  # the signs of an image do not depend on who has it
-    classes = dense(first.to(device)).shape[1]
-    signs = 2 * torch.randint(0, 2, (len(used), classes), generator=generator, dtype=torch.int8)[places] - 1
-    mine, rows, diagonal = split.take(used[places]), list[torch.Tensor](), 0.0
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Yield this process's batches; the dense network and the signs are asked for once."""
+        signs: list[torch.Tensor] = []
+        for number, (images, _) in enumerate(mine.batches(batch_size, preprocessing)):
+            seen = images.to(device)
+            if number == len(known):
+                with torch.no_grad():
+                    known.append(dense(seen).float().softmax(1))
+                if not signs:
+                    shape = (len(used), known[0].shape[1])
+                    drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
+                    signs = list(torch.split(2 * drawn[places] - 1, batch_size))
+            yield seen, known[number], signs[number][: len(seen)] if signs else None
+            if on_images is not None:
+                on_images(len(images) * distributed.size())
+        share_unreadable(mine)
+
+    return _steps(model, knobs, judge, batches, len(used))
+
+
+def _steps(
+    model: nn.Module,
+    knobs: Sequence[_Knob],
+    judge: _Judge,
+    batches: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]],
+    count: int,
+) -> list[float]:
+    """Take the steps over `count` images of all processes; return the held-out divergence before and after each."""
+    current = judge.divergences(model)
+    found, rows, diagonal = [_mean(current)[0]], list[torch.Tensor](), 0.0
     for step in range(STEPS):
-        batches = _told(mine, batch_size, preprocessing, device, on_images)
-        own, gradient = _slopes(dense, model, knobs, batches, None if step else signs)
+        own, gradient = _slopes(model, knobs, batches())
         if not step:
             rows = own
             squares = torch.tensor(sum(float(r.square().sum()) for r in rows), dtype=torch.float64)
             distributed.add_up(squares)
-            diagonal = float(squares) / len(used) / parameters
+            diagonal = float(squares) / count / len(gradient)
         distributed.add_up(gradient)
-        better = _best(model, knobs, judge, current, _directions(rows, diagonal, gradient, len(used)))
+        better = _best(model, knobs, judge, current, _directions(rows, diagonal, gradient, count))
         if better is None:
             break
         current = better
         found.append(_mean(current)[0])
     return found
-
-
-def _told(
-    split: Split,
-    batch_size: int,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    on_images: Callable[[int], None] | None,
-) -> Iterator[torch.Tensor]:
-    for images, _ in split.batches(batch_size, preprocessing):
-        yield images.to(device)
-        if on_images is not None:
-            on_images(len(images) * distributed.size())
-    share_unreadable(split)
 
 
 def _best(

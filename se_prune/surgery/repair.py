@@ -136,6 +136,12 @@ def recalibrate_where_nearer(
     return 0, before, after
 
 
+def divergences(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the KL divergence (N,) of logits (N, K) from log-probabilities (N, K), image by image."""
+    got = logits.float().log_softmax(1)
+    return functional.kl_div(got, wanted, reduction="none", log_target=True).sum(1)
+
+
 @torch.no_grad()
 def divergence(
     dense: nn.Module, model: nn.Module, split: Split, preprocessing: Preprocessing, *, device: torch.device
@@ -145,10 +151,8 @@ def divergence(
     model.to(device).eval()
     total = 0.0
     for images, _ in shared_batches(split, inference_batch(device), preprocessing):
-        wanted, got = (
-            functional.log_softmax(network(images.to(device)).float(), 1) for network in (dense, model)
-        )
-        total += float(functional.kl_div(got, wanted, reduction="sum", log_target=True))
+        wanted = dense(images.to(device)).float().log_softmax(1)
+        total += float(divergences(model(images.to(device)), wanted).sum())
     summed = torch.tensor(total, dtype=torch.float64)
     distributed.add_up(summed)
     return float(summed) / max(1, len(split))

@@ -99,7 +99,9 @@ def test_slopes_are_those_of_autograd(pair, pixels):
     images = next(iter(pixels(16).batches(16, see)))[0].double()
     knobs = affine._knobs(model, images)
     signs = 2 * torch.randint(0, 2, (16, 10)) - 1
-    rows, gradient = affine._slopes(dense, model, knobs, iter([images]), signs)
+    with torch.no_grad():
+        probabilities = dense(images).softmax(1)
+    rows, gradient = affine._slopes(model, knobs, [(images, probabilities, signs)])
     weights = [(k.module.weight.detach().clone(), k.module.bias.detach().clone()) for k in knobs]
     changes = [torch.zeros(2 * k.channels, dtype=torch.float64, requires_grad=True) for k in knobs]
     names = {id(m): name for name, m in model.named_modules()}
@@ -127,9 +129,19 @@ def test_a_row_has_the_curvature_as_its_mean():
     torch.manual_seed(0)
     q = torch.randn(5, dtype=torch.float64).softmax(0)
     signs = 2.0 * torch.randint(0, 2, (200_000, 5)).double() - 1
-    root = q.sqrt() * signs
-    rows = root - q * root.sum(1, keepdim=True)
+    rows = affine._rows(q.expand(len(signs), 5), signs)
     assert torch.allclose(rows.mT @ rows / len(rows), q.diag() - q.outer(q), atol=2e-3)
+
+
+def test_the_dense_network_sees_every_image_once(pair, pixels, monkeypatch):
+    monkeypatch.setattr(affine, "LEAST_SHARE", 0.0)
+    dense, other, see = pair
+    seen = []
+    handle = dense.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    steps = len(run(dense, copy.deepcopy(other), see, pixels(640))) - 1
+    handle.remove()
+    assert steps >= 1, "so there was a second pass"
+    assert sum(seen) == 640
 
 
 def test_conjugate_gradients_solve():

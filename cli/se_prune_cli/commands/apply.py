@@ -84,8 +84,8 @@ def command(
     repair: Annotated[
         RepairMode,
         typer.Option(
-            help="After the cut: least squares, BN statistics, scales and shifts; the same without the last; BN "
-            "statistics alone; or nothing."
+            help="After the cut: least squares, BN statistics, then scales and shifts (refit); the same without the "
+            "last (layers); BN statistics alone (bn); or none."
         ),
     ] = "refit",
     classes: Classes = None,
