@@ -2,7 +2,8 @@
 
 Beside them torch-pruning's own pruner, as its users run it: one ratio for every layer (local) or one threshold for all
 (global), found by bisection so that the MACs agree, and the same fine-tune. Resumable: each finished row is a line of
-`criteria.jsonl`; two processes of one thread each share the work. Networks that do not come with the package are
+`criteria.jsonl`; processes of one thread each share the work (two, or as many as the environment's `PROCESSES`
+says). Networks that do not come with the package are
 opened from `reports/trained/`, where the recipes `fashion_*.toml` and `mnist_*.toml` left them; those of MNIST run
 where the environment's `MNIST` names the folder of its four idx files, and are fine-tuned on 12,000 of its training
 images. Rows that keep 30 % of the MACs are repaired and fine-tuned; of those that keep half, `excitation`
@@ -220,7 +221,7 @@ def main() -> None:
         for seed, kept, criterion, name in itertools.product(SEEDS, KEPT, (*CRITERIA, *PRUNERS), names)
     ]
     todo = [job for job in jobs if job not in done]
-    with mp.get_context("spawn").Pool(2) as pool:
+    with mp.get_context("spawn").Pool(int(os.environ.get("PROCESSES", "2"))) as pool:
         for row in track(pool.imap_unordered(run_job, todo), "criteria", total=len(todo)):
             append_row(ROWS, row)
     report()
