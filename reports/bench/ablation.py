@@ -1,25 +1,26 @@
 """Do the gates help? `excitation` and the repair with their weights by gates, and the same without these.
 
 A layer whose outputs a gate scales is worth what the gate lets through: the score multiplies its outputs by E[s²], and
-least squares weights each of them, image by image, by s². Here either is left out. What a layer reads is measured
-behind the gate in any case. So this tells nothing of gates that scale what the next layer reads, as in MobileNetV3 and
-in PaddleOCR's network: there the score has no such weights, and is the same. Nothing is trained, and scales and shifts
-are not tuned, since that would know the gates again. PaddleOCR's text-direction network takes part where the
-environment's `LINES_ONNX` names its file (`ch_ppocr_mobile_v2.0_cls_infer.onnx` of rapidocr-onnxruntime), on rendered
-lines of text. Resumable.
+least squares weights each of them, image by image, by s². A layer that reads what a gate has scaled, as in MobileNetV3,
+is scored on that, s·u. Without the weights the score takes every gate for 1: it has no factor E[s²], and such a layer
+is scored on u. Nothing is trained, and scales and shifts are not tuned, since that would know the gates again.
+PaddleOCR's text-direction network takes part where the environment's `LINES_ONNX` names its file
+(`ch_ppocr_mobile_v2.0_cls_infer.onnx` of rapidocr-onnxruntime), on rendered lines of text. Resumable.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import statistics as stats
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from rich.progress import track
+from torch import nn
 
 from reports.bench.answers import gain, right, top1
 from reports.bench.common import FOLDER, NETWORKS, append_row, markdown_table, read_rows, write_report
@@ -30,12 +31,14 @@ from reports.bench.scores import evidence_of
 from se_prune.artifact import Network, clone
 from se_prune.checkpoint import open_model
 from se_prune.data import DataSource, open_data
+from se_prune.gates.tap import tap
+from se_prune.gates.trace import trace
 from se_prune.layers import layer_costs
 from se_prune.pipeline import apply_plan, structure
-from se_prune.pipeline.measure import Silent
+from se_prune.pipeline.measure import Silent, Structure
 from se_prune.pipeline.repairs import repair_network
 from se_prune.planning import make_plan
-from se_prune.records import Budget
+from se_prune.records import Budget, GateSite, Scores
 from se_prune.scoring import score
 
 CPU = torch.device("cpu")
@@ -45,6 +48,7 @@ SEEDS = (0, 1, 2)
 VARIANTS = ((True, True), (False, True), (False, False))
 LINES, TRAIN_LINES, TEST_LINES = CASES[0], 4096, 4000
 ROWS = FOLDER / "ablation.jsonl"
+MULTIPLIED = frozenset({"mul", "mul_"})
 Key = tuple[str, float, int, bool, bool]
 
 
@@ -81,10 +85,7 @@ def _key(row: dict[str, Any]) -> Key:
 def _rows(name: str, seed: int, cases: Sequence[tuple[float, bool, bool]]) -> Iterator[dict[str, Any]]:
     network, data = pair(name)
     found = structure(network)
-    evidence = evidence_of(network, data, found, CPU, seed)
-    blind = dataclasses.replace(evidence, statistics=None)
-    wanted = {case[1] for case in cases}
-    scores = {gates: score("excitation", evidence if gates else blind) for gates in wanted}
+    scores = {gates: _scores(network, data, found, seed, gates) for gates in {case[1] for case in cases}}
     costs = layer_costs(network.module.cpu(), found.cost.per_layer)
     dense = right(network, data)
     for kept, in_score, in_repair in cases:
@@ -112,6 +113,58 @@ def _rows(name: str, seed: int, cases: Sequence[tuple[float, bool, bool]]) -> It
             "dense": dense,
             "top1": right(Network(module=module, header=applied.network.header), data),
         }
+
+
+def _scores(network: Network, data: DataSource, found: Structure, seed: int, gates: bool) -> Scores:
+    """Return the scores of `excitation`, with the gates or as if each of them were 1."""
+    with contextlib.nullcontext() if gates else unscaled(network.module, found):
+        evidence = evidence_of(network, data, found, CPU, seed)
+        return score("excitation", evidence if gates else dataclasses.replace(evidence, statistics=None))
+
+
+@contextlib.contextmanager
+def unscaled(model: nn.Module, found: Structure) -> Iterator[None]:
+    """While open, show hooks of a layer that reads s·u the features u; what it computes stays as it is."""
+    features: dict[str, torch.Tensor] = {}
+    scaled: dict[str, torch.Tensor] = {}
+
+    def keep(site: GateSite, u: torch.Tensor, _: torch.Tensor) -> None:
+        features[site.name] = u
+
+    def show(layer: str, site: str) -> Callable[..., tuple[torch.Tensor]]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            (scaled[layer],) = inputs
+            return (features.pop(site),)
+
+        return hook
+
+    def compute(layer: str) -> Callable[..., torch.Tensor]:
+        def hook(module: nn.Module, *_: object) -> torch.Tensor:
+            output: torch.Tensor = module.forward(scaled.pop(layer))
+            return output
+
+        return hook
+
+    modules = dict(model.named_modules())
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(tap(model, found.sites, keep))
+        for layer, site in _readers(model, found).items():
+            hooks.callback(modules[layer].register_forward_pre_hook(show(layer, site)).remove)
+            hooks.callback(modules[layer].register_forward_hook(compute(layer)).remove)
+        yield
+
+
+def _readers(model: nn.Module, found: Structure) -> dict[str, str]:
+    """Return the layers that read what a gate has scaled, each with the name of the site."""
+    nodes = trace(model, found.example).nodes
+    multiplies = {(n.module, n.call, n.multiply): i for i, n in enumerate(nodes) if n.op in MULTIPLIED}
+    readers = {}
+    for site in found.sites:
+        index = multiplies[site.owner, site.call, site.multiply]
+        for node in nodes:
+            if index in node.inputs and node.op == "convolution":
+                readers[node.layers[0]] = site.name
+    return readers
 
 
 def report() -> None:
