@@ -53,7 +53,10 @@ ROW_BYTES = 1 << 29
 
 @dataclass(slots=True)
 class _Knob:
-    """A module whose output's channels are scaled around its shift and moved: y + a·(y − β) + b·σ."""
+    """A module whose channels y are scaled around their shift and moved: y + a·(y − β) + b·σ.
+
+    Of a BN, y is what its own scale and shift give, whatever activation the same module puts behind them.
+    """
 
     module: Any
     spread: torch.Tensor  # σ (C,)
@@ -64,30 +67,49 @@ class _Knob:
     def channels(self) -> int:
         return len(self.module.weight)
 
-    def hook(self, module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """Watch what reaches the output backwards; a leaf begins here where no other module did before.
+    def watch(self) -> Any:
+        """Watch what comes backwards, while the handle that is returned stands."""
+        if isinstance(self.module, NORM_TYPES):
+            return self.module.register_forward_pre_hook(self._before)
+        return self.module.register_forward_hook(self._after)
 
-        Of a BN the input is kept, as BN itself keeps it: its output may be changed in place.
+    def _before(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Watch a BN's input, which BN keeps itself: its scale and shift are one of the input as well.
+
+        With u = (x − μ)/√(σ² + ε), the slope of x is γ/√(σ² + ε) times that of y = γ·u + β. Of a scale of 0 it tells
+        nothing, and such a shift stays.
         """
-        is_norm = isinstance(module, NORM_TYPES)
-        seen = (inputs[0] if is_norm else output).detach()
+        seen = inputs[0].detach()
 
         def backwards(slope: torch.Tensor) -> None:
             moved, scaled = (t.flatten(2).sum(2) if t.ndim > 2 else t for t in (slope, slope * seen))
-            if is_norm:
-                factor = module.weight / (module.running_var + module.eps).sqrt()
-                scaled = (scaled - moved * module.running_mean) * factor
-            else:
-                scaled = scaled - moved * module.bias
-            slopes = torch.cat([scaled, moved * self.spread], 1)
-            self.slopes = slopes if self.slopes is None else self.slopes + slopes
+            factor = (module.running_var + module.eps).sqrt() / module.weight
+            shift = torch.where(module.weight == 0, 0.0, factor * self.spread)
+            self._add(scaled - moved * module.running_mean, moved * shift)
 
-        begins = not output.requires_grad
-        if begins:
-            output = output.detach().requires_grad_(True)
-            self.leaves.append(output)
-        output.register_hook(backwards)  # type: ignore[no-untyped-call]
-        return output.clone() if begins else output
+        return (self._watched(inputs[0], backwards), *inputs[1:])
+
+    def _after(self, module: Any, _: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Watch a classifier's output."""
+        seen = output.detach()
+
+        def backwards(slope: torch.Tensor) -> None:
+            self._add(slope * (seen - module.bias), slope * self.spread)
+
+        return self._watched(output, backwards)
+
+    def _add(self, scaled: torch.Tensor, moved: torch.Tensor) -> None:
+        slopes = torch.cat([scaled, moved], 1)
+        self.slopes = slopes if self.slopes is None else self.slopes + slopes
+
+    def _watched(self, tensor: torch.Tensor, backwards: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """Return the same values, whose slope is told; a leaf where no other knob stands before."""
+        if not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_(True)
+            self.leaves.append(tensor)
+        own = tensor.view_as(tensor)  # others that read the tensor have slopes of their own
+        own.register_hook(backwards)  # type: ignore[no-untyped-call]
+        return own
 
     @torch.no_grad()
     def move(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
@@ -100,18 +122,27 @@ class _Knob:
 def _knobs(model: nn.Module, example: torch.Tensor) -> list[_Knob]:
     """Return what can be moved: BN with scale and shift, and the linear layer that gives the output.
 
-    The spreads of their outputs are those of the example.
+    The spreads are those of the example.
     """
     found: list[_Knob] = []
     seen: dict[str, torch.Tensor] = {}
     spreads: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            wanted = (len(example), len(modules[name].weight))
-            if isinstance(output, torch.Tensor) and output.ndim in {2, 4} and output.shape[:2] == wanted:
-                seen[name] = output
-                spreads[name] = output.transpose(0, 1).flatten(1).std(1).clamp_min(LEAST_SPREAD)
+        def hook(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            wanted = (len(example), len(module.weight))
+            if (
+                not isinstance(output, torch.Tensor)
+                or output.ndim not in {2, 4}
+                or output.shape[:2] != wanted
+            ):
+                return
+            seen[name] = output
+            is_norm = isinstance(module, NORM_TYPES)
+            spread = (inputs[0] if is_norm else output).transpose(0, 1).flatten(1).std(1)
+            if is_norm:
+                spread = spread * module.weight.abs() / (module.running_var + module.eps).sqrt()
+            spreads[name] = spread.clamp_min(LEAST_SPREAD)
 
         return hook
 
@@ -137,7 +168,7 @@ def _knobs(model: nn.Module, example: torch.Tensor) -> list[_Knob]:
 def _turning(model: nn.Module, knobs: Sequence[_Knob]) -> Iterator[None]:
     """Let gradients reach the knobs of every image, and nothing else."""
     needed = [p for p in model.parameters() if p.requires_grad]
-    handles = [knob.module.register_forward_hook(knob.hook) for knob in knobs]
+    handles = [knob.watch() for knob in knobs]
     try:
         for parameter in needed:
             parameter.requires_grad_(False)

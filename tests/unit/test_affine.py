@@ -93,38 +93,6 @@ def test_no_hook_and_no_setting_is_left(pair, pixels, monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_slopes_are_those_of_autograd(pair, pixels):
-    dense, other, see = pair
-    dense, model = (copy.deepcopy(m).double() for m in (dense, other))
-    images = next(iter(pixels(16).batches(16, see)))[0].double()
-    knobs = affine._knobs(model, images)
-    signs = 2 * torch.randint(0, 2, (16, 10)) - 1
-    with torch.no_grad():
-        probabilities = dense(images).softmax(1)
-    rows, gradient = affine._slopes(model, knobs, [(images, probabilities, signs)])
-    weights = [(k.module.weight.detach().clone(), k.module.bias.detach().clone()) for k in knobs]
-    changes = [torch.zeros(2 * k.channels, dtype=torch.float64, requires_grad=True) for k in knobs]
-    names = {id(m): name for name, m in model.named_modules()}
-    state = {}
-    for knob, (weight, bias), change in zip(knobs, weights, changes, strict=True):
-        a, b = change.chunk(2)
-        name = names[id(knob.module)]
-        state[f"{name}.weight"] = weight * (1 + a).view(-1, *(1,) * (weight.ndim - 1))
-        state[f"{name}.bias"] = bias + b * knob.spread
-    logits = torch.func.functional_call(model, state, (images,))
-    wanted = dense(images).detach().log_softmax(1)
-    divergence = functional.kl_div(logits.log_softmax(1), wanted, reduction="sum", log_target=True)
-    slopes = torch.cat(torch.autograd.grad(divergence, changes, retain_graph=True))
-    assert (gradient - slopes).norm() < 1e-4 * slopes.norm()
-    q = logits.detach().softmax(1)
-    for i in range(3):
-        root = q[i].sqrt() * signs[i]
-        row = torch.cat(
-            torch.autograd.grad(logits[i] @ (root - q[i] * root.sum()), changes, retain_graph=True)
-        )
-        assert (rows[0][i].double() - row).norm() < 1e-4 * row.norm()
-
-
 def test_a_row_has_the_curvature_as_its_mean():
     torch.manual_seed(0)
     q = torch.randn(5, dtype=torch.float64).softmax(0)
