@@ -53,11 +53,20 @@ def importance(
         for root, group, _ in found_groups(graph, names, expands(sites)):
             key = names[root]
             if key in chosen and group is not None:
-                value = rule(group)
+                value = rule(_readable(group) if name == "fpgm" else group)
                 if value is None:
                     value = fallback(group)
                 scores[key] = tuple(torch.nan_to_num(value.double(), nan=0.0).tolist())
     return scores
+
+
+def _readable(group: Any) -> list[Any]:
+    """Return a group's items without the inputs of grouped convolutions, where torch-pruning's FPGM fails."""
+    return [
+        item
+        for item in group
+        if item.dep.pruning_fn != tp.prune_conv_in_channels or item.dep.layer.groups == 1
+    ]
 
 
 def _graph_keeping_gradients(model: nn.Module, example: torch.Tensor) -> Any:

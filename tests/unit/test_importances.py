@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch_pruning as tp
+from torch import nn
 
-from se_prune.channels import IMPORTANCES, importance
+from se_prune.channels import IMPORTANCES, couplings, importance
 from tests.coupled import structure
 from tests.nets import RESIDUAL
 
@@ -89,6 +90,30 @@ def test_a_group_of_zeros_is_scored_zero_where_torch_pruning_divides_by_it(name)
     assert set(scores["blocks.0.conv1"]) <= {0.0, 1.0}
     assert 0.0 in scores["blocks.0.conv1"]
     assert all(v > 0 for v in scores["blocks.1.conv1"])
+
+
+class Grouped(nn.Module):
+    """A convolution of two groups between two of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, images):
+        return self.last(self.middle(self.first(images).relu()).relu()).mean((2, 3))
+
+
+def test_fpgm_of_what_a_grouped_convolution_reads_where_torch_pruning_fails():
+    torch.manual_seed(0)
+    model, example = Grouped(), torch.randn(1, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="repeat"):
+        tp.importance.FPGMImportance()(tp_group(model, example, model.first))
+    found = couplings(model, example, ())
+    scores = importance(model, example, "fpgm", seed=0, wanted=found, sites=())
+    rows = (model.first.weight**2).flatten(1).detach()
+    distances = torch.cdist(rows, rows).sum(0)
+    assert scores["first"] == pytest.approx((distances / distances.mean()).tolist(), rel=1e-4)
 
 
 def test_random_importance_is_reproducible_by_seed():
