@@ -238,7 +238,7 @@ def report() -> None:
         body.append(_table(mine, phase))
     body.append("In brackets: how many seeds.\n")
     summary = [{k: top1(v) if k in PHASES else v for k, v in row.items()} for row in rows]
-    write_report("criteria", "python -m reports.bench criteria", "\n".join(body), summary)
+    write_report("criteria", "MNIST=… python -m reports.bench criteria", "\n".join(body), summary)
 
 
 def _head() -> str:
