@@ -40,6 +40,7 @@ from se_prune.pipeline.repairs import repair_network
 from se_prune.planning import make_plan
 from se_prune.records import Budget, GateSite, Scores
 from se_prune.scoring import score
+from se_prune.surgery.constants import multiply_of
 
 CPU = torch.device("cpu")
 KEPT = (0.5, 0.3)
@@ -48,7 +49,6 @@ SEEDS = (0, 1, 2)
 VARIANTS = ((True, True), (False, True), (False, False))
 LINES, TRAIN_LINES, TEST_LINES = CASES[0], 4096, 4000
 ROWS = FOLDER / "ablation.jsonl"
-MULTIPLIED = frozenset({"mul", "mul_"})
 Key = tuple[str, float, int, bool, bool]
 
 
@@ -157,10 +157,9 @@ def unscaled(model: nn.Module, found: Structure) -> Iterator[None]:
 def _readers(model: nn.Module, found: Structure) -> dict[str, str]:
     """Return the layers that read what a gate has scaled, each with the name of the site."""
     nodes = trace(model, found.example).nodes
-    multiplies = {(n.module, n.call, n.multiply): i for i, n in enumerate(nodes) if n.op in MULTIPLIED}
     readers = {}
     for site in found.sites:
-        index = multiplies[site.owner, site.call, site.multiply]
+        index = multiply_of(nodes, site)
         for node in nodes:
             if index in node.inputs and node.op == "convolution":
                 readers[node.layers[0]] = site.name

@@ -2,8 +2,7 @@
 
 Beside them torch-pruning's own pruner, as its users run it: one ratio for every layer (local) or one threshold for all
 (global), found by bisection so that the MACs agree, and the same fine-tune. Resumable: each finished row is a line of
-`criteria.jsonl`; processes of one thread each share the work (two, or as many as the environment's `PROCESSES`
-says). Networks that do not come with the package are
+`criteria.jsonl`; two processes of one thread each share the work. Networks that do not come with the package are
 opened from `reports/trained/`, where the recipes `fashion_*.toml` and `mnist_*.toml` left them; those of MNIST run
 where the environment's `MNIST` names the folder of its four idx files, and are fine-tuned on 12,000 of its training
 images. Rows that keep 30 % of the MACs are repaired and fine-tuned; of those that keep half, `excitation`
@@ -221,7 +220,7 @@ def main() -> None:
         for seed, kept, criterion, name in itertools.product(SEEDS, KEPT, (*CRITERIA, *PRUNERS), names)
     ]
     todo = [job for job in jobs if job not in done]
-    with mp.get_context("spawn").Pool(int(os.environ.get("PROCESSES", "2"))) as pool:
+    with mp.get_context("spawn").Pool(2) as pool:
         for row in track(pool.imap_unordered(run_job, todo), "criteria", total=len(todo)):
             append_row(ROWS, row)
     report()
@@ -268,8 +267,8 @@ def _table(rows: Sequence[dict[str, Any]], phase: str) -> str:
         for kept in KEPT:
             own, best = pick(criterion, kept), pick(CRITERIA[0], kept)
             values = [100 * top1(bits) for bits in own.values()]
-            spread = stats.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{stats.mean(values):.2f} ± {spread:.2f} ({len(values)})" if values else "–")
+            spread = f" ± {stats.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{stats.mean(values):.2f}{spread} ({len(values)})" if values else "–")
             cells.append(_p_text(own, best) if criterion != CRITERIA[0] else "")
         lines.append([criterion, *cells])
     columns: list[str] = []

@@ -12,12 +12,26 @@ from torch import nn
 from se_prune.channels.graph import build_graph, expands, found_groups
 from se_prune.records import Coupling, GateSite
 
+
+class _FPGM(tp.importance.FPGMImportance):  # type: ignore[misc]
+    """torch-pruning's, which fails on the inputs of grouped convolutions: here these do not count."""
+
+    def __call__(self, group: Any) -> Any:
+        return super().__call__(
+            [
+                item
+                for item in group
+                if item.dep.pruning_fn != tp.prune_conv_in_channels or item.dep.layer.groups == 1
+            ]
+        )
+
+
 IMPORTANCES: dict[str, Callable[[], Any]] = {
     "random": tp.importance.RandomImportance,
     "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
     "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     "bn-scale": tp.importance.BNScaleImportance,
-    "fpgm": tp.importance.FPGMImportance,
+    "fpgm": _FPGM,
     "lamp": tp.importance.LAMPImportance,
     "taylor": tp.importance.GroupTaylorImportance,
     "hessian": tp.importance.GroupHessianImportance,
@@ -53,20 +67,11 @@ def importance(
         for root, group, _ in found_groups(graph, names, expands(sites)):
             key = names[root]
             if key in chosen and group is not None:
-                value = rule(_readable(group) if name == "fpgm" else group)
+                value = rule(group)
                 if value is None:
                     value = fallback(group)
                 scores[key] = tuple(torch.nan_to_num(value.double(), nan=0.0).tolist())
     return scores
-
-
-def _readable(group: Any) -> list[Any]:
-    """Return a group's items without the inputs of grouped convolutions, where torch-pruning's FPGM fails."""
-    return [
-        item
-        for item in group
-        if item.dep.pruning_fn != tp.prune_conv_in_channels or item.dep.layer.groups == 1
-    ]
 
 
 def _graph_keeping_gradients(model: nn.Module, example: torch.Tensor) -> Any:

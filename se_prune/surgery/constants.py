@@ -34,7 +34,7 @@ def chain_to_gate(record: Trace, site: GateSite, modules: dict[str, nn.Module]) 
     for node in nodes:
         for previous in set(node.inputs):
             readers[previous] += 1
-    multiply = _multiply(nodes, site)
+    multiply = multiply_of(nodes, site)
     layer = modules.get(site.expand or "")
     if site.kind == "eca" or multiply is None or not isinstance(layer, (nn.Linear, *CONV_TYPES)):
         return "its last layer is no fully connected one"
@@ -54,7 +54,8 @@ def chain_to_gate(record: Trace, site: GateSite, modules: dict[str, nn.Module]) 
     return "its gate is more than its last layer and an activation"
 
 
-def _multiply(nodes: Sequence[Node], site: GateSite) -> int | None:
+def multiply_of(nodes: Sequence[Node], site: GateSite) -> int | None:
+    """Return the operation that is a site's own multiply, or None where there is no such one."""
     found = [
         i
         for i, n in enumerate(nodes)

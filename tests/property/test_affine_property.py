@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from se_prune.artifact import NORM_TYPES
-from se_prune.surgery import affine
+from se_prune.surgery.knobs import find_knobs, slopes_of
 from tests.built import built
 from tests.nets import ALL
 
@@ -42,14 +42,14 @@ class Calmed(nn.Module):
 
 
 class Flat(nn.Module):
-    """A BN of rows, and one whose scale is partly 0."""
+    """A BN of rows and one whose scale is partly 0 or vanishing."""
 
     def __init__(self):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)
         self.fc, self.rows, self.out = nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 3)
         with torch.no_grad():
-            self.bn.weight[0] = 0.0
+            self.bn.weight[:2] = torch.tensor([0.0, 1e-40])
 
     def forward(self, images):
         return self.out(self.rows(self.fc(self.bn(self.conv(images)).relu().mean((2, 3)))).relu())
@@ -61,12 +61,19 @@ def test_slopes_and_rows_are_those_of_autograd(name):
     compare(copy.deepcopy(found.model), found.example.shape[1:])
 
 
-def test_a_batch_norm_of_rows_and_a_scale_of_zero():
+def test_a_batch_norm_of_rows_and_scales_of_zero():
     torch.manual_seed(0)
-    model = Flat()
-    slopes = compare(model, (1, 8, 8))
+    slopes = compare(Flat(), (1, 8, 8))
     assert len(slopes) == 2 * (6 + 5 + 3)
-    assert slopes[6] == 0, "the shift of the channel whose scale is 0"
+    assert slopes[6:8].tolist() == [0, 0], "shifts of the channels without a scale"
+
+
+def test_a_batch_norm_without_running_statistics_stays_as_it_is():
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6, track_running_stats=False), nn.Flatten()
+    ).eval()
+    model.append(nn.Linear(6 * 36, 3))
+    assert [k.module for k in find_knobs(model, torch.randn(4, 1, 8, 8))] == [model[3]]
 
 
 def compare(net, size):
@@ -75,13 +82,13 @@ def compare(net, size):
     images = torch.randn((IMAGES, *size), generator=generator, dtype=torch.float64)
     net = net.double().eval()
     model = Calmed(net, images)
-    knobs = affine._knobs(net, images)
-    norms = sum(isinstance(m, NORM_TYPES) and m.affine for m in model.modules())
+    knobs = find_knobs(net, images)
+    norms = sum(isinstance(m, NORM_TYPES) and m.running_var is not None for m in model.modules())
     assert sum(isinstance(knob.module, NORM_TYPES) for knob in knobs) == norms
     changes, logits = turned(model, knobs, images)
     wanted = torch.randn(logits.shape, generator=generator, dtype=torch.float64).softmax(1)
     signs = 2 * torch.randint(0, 2, logits.shape, generator=generator) - 1
-    rows, gradient = affine._slopes(model, knobs, [(images, wanted, signs)])
+    rows, gradient = slopes_of(model, knobs, [(images, wanted, signs)])
 
     divergence = functional.kl_div(logits.log_softmax(1), wanted, reduction="sum")
     slopes = slope_of(divergence, changes)

@@ -13,6 +13,7 @@ from se_prune.data import open_data
 from se_prune.data.source import balanced_subset
 from se_prune.surgery import affine
 from se_prune.surgery.affine import tune
+from se_prune.surgery.knobs import curvature_rows
 
 CPU = torch.device("cpu")
 NETWORKS = ("zoo:se_resnet20", "zoo:se_mobilenet_x025")
@@ -97,7 +98,7 @@ def test_a_row_has_the_curvature_as_its_mean():
     torch.manual_seed(0)
     q = torch.randn(5, dtype=torch.float64).softmax(0)
     signs = 2.0 * torch.randint(0, 2, (200_000, 5)).double() - 1
-    rows = affine._rows(q.expand(len(signs), 5), signs)
+    rows = curvature_rows(q.expand(len(signs), 5), signs)
     assert torch.allclose(rows.mT @ rows / len(rows), q.diag() - q.outer(q), atol=2e-3)
 
 
