@@ -1,9 +1,11 @@
 """Do the gates help? `excitation` and the repair with their weights by gates, and the same without these.
 
-A layer whose outputs a gate scales is worth what the gate lets through: the score multiplies its outputs by E[s²], and
-least squares weights each of them, image by image, by s². A layer that reads what a gate has scaled, as in MobileNetV3,
-is scored on that, s·u. Without the weights the score takes every gate for 1: it has no factor E[s²], and such a layer
-is scored on u. Nothing is trained, and scales and shifts are not tuned, since that would know the gates again.
+A layer whose outputs a gate scales is worth what the gate lets through: the score multiplies its outputs' part of the
+signal by E[s²], the gradient that says what they mean to the answer runs through the gate, and least squares weights
+each of them, image by image, by s². A layer that reads what a gate has scaled, as in MobileNetV3, is scored on that,
+s·u. Without the weights every gate counts as the same number in the score, the root mean square of its site's gates, so
+that nothing tells channels or images apart and no layer gains weight against another; least squares has no weights.
+Nothing is trained, and scales and shifts are not tuned, since that would know the gates again.
 PaddleOCR's text-direction network takes part where the environment's `LINES_ONNX` names its file
 (`ch_ppocr_mobile_v2.0_cls_infer.onnx` of rapidocr-onnxruntime), on rendered lines of text. Resumable.
 """
@@ -31,11 +33,11 @@ from reports.bench.scores import evidence_of
 from se_prune.artifact import Network, clone
 from se_prune.checkpoint import open_model
 from se_prune.data import DataSource, open_data
-from se_prune.gates.tap import tap
+from se_prune.gates.tap import OnGate, tap
 from se_prune.gates.trace import trace
 from se_prune.layers import layer_costs
 from se_prune.pipeline import apply_plan, structure
-from se_prune.pipeline.measure import Silent, Structure
+from se_prune.pipeline.measure import Silent, Structure, channel_energies
 from se_prune.pipeline.repairs import repair_network
 from se_prune.planning import make_plan
 from se_prune.records import Budget, GateSite, Scores
@@ -116,20 +118,50 @@ def _rows(name: str, seed: int, cases: Sequence[tuple[float, bool, bool]]) -> It
 
 
 def _scores(network: Network, data: DataSource, found: Structure, seed: int, gates: bool) -> Scores:
-    """Return the scores of `excitation`, with the gates or as if each of them were 1."""
-    with contextlib.nullcontext() if gates else unscaled(network.module, found):
-        evidence = evidence_of(network, data, found, CPU, seed)
-        return score("excitation", evidence if gates else dataclasses.replace(evidence, statistics=None))
+    """Return the scores of `excitation`, with the gates or as if all of a site were the same."""
+    evidence = evidence_of(network, data, found, CPU, seed)
+    if gates:
+        return score("excitation", evidence)
+    statistics = evidence.statistics
+    assert statistics is not None
+    squares = {
+        name: sums.s2.sum() / statistics.n / sums.s2.shape[1] for name, sums in statistics.sums.items()
+    }
+    levels = {name: float(square.sqrt()) for name, square in squares.items()}
+    with unscaled(network.module, found, levels):
+        energies = channel_energies(network, data, data.train, device=CPU, seed=seed)
+        sums = {name: dataclasses.replace(own, s2=_alike(own.s2)) for name, own in statistics.sums.items()}
+        alike = dataclasses.replace(statistics, sums=sums)
+        with tap(network.module, found.sites, _constant(levels)):
+            return score("excitation", dataclasses.replace(evidence, statistics=alike, energies=energies))
+
+
+def _alike(sums: torch.Tensor) -> torch.Tensor:
+    """Return sums per class and channel (K, C) with each class's mean over the channels in every channel."""
+    return sums.mean(1, keepdim=True).expand_as(sums)
+
+
+def _constant(levels: dict[str, float]) -> OnGate:
+    """Let the gradient of u pass the multiply as if the gate were its site's level."""
+
+    def replace(site: GateSite, u: torch.Tensor, s: torch.Tensor) -> torch.Tensor | None:
+        if not u.requires_grad:
+            return None
+        fixed = s.detach()
+        u.register_hook(lambda gradient: gradient / fixed.clamp_min(1e-12) * levels[site.name])
+        return fixed
+
+    return replace
 
 
 @contextlib.contextmanager
-def unscaled(model: nn.Module, found: Structure) -> Iterator[None]:
-    """While open, show hooks of a layer that reads s·u the features u; what it computes stays as it is."""
+def unscaled(model: nn.Module, found: Structure, levels: dict[str, float]) -> Iterator[None]:
+    """While open, show hooks of a layer that reads s·u the features times the level; what it computes stays."""
     features: dict[str, torch.Tensor] = {}
     scaled: dict[str, torch.Tensor] = {}
 
     def keep(site: GateSite, u: torch.Tensor, _: torch.Tensor) -> None:
-        features[site.name] = u
+        features[site.name] = u / (1 / levels[site.name])  # a multiply would count as one of the network's
 
     def show(layer: str, site: str) -> Callable[..., tuple[torch.Tensor]]:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

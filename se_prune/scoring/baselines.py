@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from se_prune import channels, distributed
 from se_prune.records import Coupling
+from se_prune.scoring.gradients import parts, thawed
 from se_prune.scoring.registry import Evidence, criterion
 
 
@@ -56,18 +55,6 @@ def hessian(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tuple[f
         evidence.model.zero_grad(set_to_none=True)
 
 
-@contextlib.contextmanager
-def thawed(model: nn.Module) -> Iterator[None]:
-    """Let frozen parameters have gradients too: a frozen layer can be cut like any other."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    try:
-        model.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def _accumulate(evidence: Evidence, *, squared: bool, limit: int = 256) -> None:
     """Leave the mean gradient, or the mean squared gradient of single images, in `.grad` on the CPU."""
     assert evidence.batches is not None
@@ -76,9 +63,8 @@ def _accumulate(evidence: Evidence, *, squared: bool, limit: int = 256) -> None:
     sums = [torch.zeros_like(p, dtype=torch.float64 if device.type != "mps" else p.dtype) for p in parameters]
     seen = torch.zeros((), dtype=torch.float64)
     for images, labels in evidence.batches(limit if squared else None):
-        chunks = torch.split(images, 1) if squared else (images,)
-        targets = torch.split(labels, 1) if squared else (labels,)
-        for image, target in zip(chunks, targets, strict=True):
+        singly = zip(torch.split(images, 1), torch.split(labels, 1), strict=True)
+        for image, target in singly if squared else parts(images, labels):
             loss = F.cross_entropy(model(image.to(device)), target.to(device), reduction="sum")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):

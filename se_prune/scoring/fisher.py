@@ -5,6 +5,7 @@ Shapes: N images, C channels, H×W positions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from se_prune import channels, distributed
 from se_prune.records import Coupling, LayerSlice
-from se_prune.scoring.baselines import thawed
+from se_prune.scoring.gradients import parts, thawed
 from se_prune.scoring.registry import Evidence, criterion
 from se_prune.scoring.signal import describe
 
@@ -67,7 +68,9 @@ def gate_fisher(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tup
     seen = torch.zeros((), dtype=torch.float64)
     try:
         with thawed(model), torch.enable_grad():
-            for images, labels in evidence.batches(IMAGES):
+            for images, labels in itertools.chain.from_iterable(
+                parts(*batch) for batch in evidence.batches(IMAGES)
+            ):
                 watched.inputs.clear()
                 loss = F.cross_entropy(
                     model(images.to(evidence.device)), labels.to(evidence.device), reduction="sum"

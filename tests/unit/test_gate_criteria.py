@@ -1,4 +1,4 @@
-"""`gate-obs`, `gate-fisher`, `gate-mean` and `excitation`: against what they stand for, computed the long way.
+"""`gate-obs`, `gate-fisher` and `gate-mean`: against what they stand for, computed the long way.
 
 Shapes: N images, C channels, H×W positions.
 """
@@ -12,7 +12,7 @@ from se_prune.gates.moments import collect_grams
 from se_prune.scoring import obs, score
 from se_prune.scoring.signal import describe
 from tests.evidence import data, evidence, measured
-from tests.nets import ALL, DEPTHWISE, RESIDUAL
+from tests.nets import DEPTHWISE, RESIDUAL
 
 
 class Chain(nn.Module):
@@ -209,17 +209,3 @@ def test_the_mean_gate_of_gated_channels():
             checked += 1
     assert checked == 2
     assert not found.comparable
-
-
-@pytest.mark.parametrize("facts", ALL.values(), ids=ALL)
-def test_excitation_knows_which_repair_follows(facts):
-    have = measured(facts)
-    residual, energy = score("gate-obs", have).groups, score("gate-energy", have).groups
-    after_refit = score("excitation", have).groups
-    for name, values in after_refit.items():
-        wanted = [(max(a, 0) * b) ** 0.5 for a, b in zip(residual[name], energy[name], strict=True)]
-        assert values == pytest.approx(wanted)
-    assert residual != energy
-    for repair in ("bn", "none"):
-        have.repair, have.batches = repair, None
-        assert score("excitation", have).groups == energy
