@@ -26,8 +26,8 @@ from se_prune.scoring.gradients import parts
 from se_prune.scoring.registry import Evidence
 from se_prune.scoring.signal import Signal
 
-#: Images whose gradients are taken.
-IMAGES = 512
+#: Images whose gradients are taken, and the pixels that they have together at most.
+IMAGES, ALL_PIXELS = 512, 256 * 224**2
 TEMPERATURE = 4.0
 #: Of the labels that are drawn.
 SEED = 0
@@ -74,8 +74,9 @@ def _run(evidence: Evidence) -> torch.Tensor:
     assert evidence.batches is not None
     model = evidence.model.to(evidence.device).eval()
     whole = torch.zeros((), dtype=torch.float64)
+    limit = max(1, min(IMAGES, ALL_PIXELS // evidence.example[0, 0].numel()))
     with torch.enable_grad():
-        for batch in evidence.batches(IMAGES):
+        for batch in evidence.batches(limit):
             # the same numbers for each batch, so that several processes draw what one would
             generator = torch.Generator().manual_seed(SEED)
             for part, _ in parts(*batch):

@@ -106,6 +106,20 @@ def test_images_in_parts_and_other_labels_change_nothing(monkeypatch):
     assert all(p.grad is None for p in have.model.parameters())
 
 
+def test_large_images_are_fewer(monkeypatch):
+    asked = []
+    have = gated()
+
+    def batches(limit):
+        asked.append(limit)
+        return have.batches(limit)
+
+    found_by(dataclasses.replace(have, batches=batches))
+    monkeypatch.setattr(answer, "ALL_PIXELS", 7 * 36 + 5)
+    found_by(dataclasses.replace(have, batches=batches))
+    assert asked == [512, 7]
+
+
 def test_layers_that_no_gradient_reaches_count_as_parts_of_the_signal():
     have = gated(frozen_stem=True)
     signal, found = describe(have), found_by(have)
