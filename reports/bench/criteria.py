@@ -32,12 +32,20 @@ from reports.bench.common import (
     read_rows,
     write_report,
 )
+from se_prune.files import write_text
+from se_prune.report.content import Figure, Section
+from se_prune.report.html import render_study
+from se_prune.report.plot import Bar, Plot, margin, scale
+from se_prune.report.plot import names as names_axis
+from se_prune.report.tables import Table
 
 TRAINED = FOLDER / "trained"
 #: How the names of networks that saw MNIST end, and how many of its training images the study takes.
 ON_MNIST, MNIST_IMAGES = "_mnist", 12_000
 CRITERIA = ("excitation", "random", "l1", "l2", "bn-scale", "fpgm", "lamp", "taylor", "hessian")
 PRUNERS = ("torch-pruning, local", "torch-pruning, global")
+#: Stands for a criterion in the row of the network as it was.
+DENSE = "dense"
 KEPT = (0.5, 0.3)
 FINETUNED = (0.3,)
 SEEDS = (0, 1, 2)
@@ -57,6 +65,8 @@ PHASES = {
 }
 #: How near the pruner's MACs have to come to the budget.
 MACS_TOLERANCE = 0.005
+TITLE = "Criteria at equal MACs"
+COMMAND = "MNIST=… python -m reports.bench criteria"
 Job = tuple[str, str, float, int]
 
 
@@ -89,7 +99,11 @@ def run_job(job: Job) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    return _by_pruner(job) if job[1] in PRUNERS else _by_criterion(job)
+    name, criterion, kept, seed = job
+    if criterion == DENSE:
+        accuracy = right(opened(name), images_of(name))
+        return {"network": name, "criterion": criterion, "kept": kept, "seed": seed, DENSE: accuracy}
+    return _by_pruner(job) if criterion in PRUNERS else _by_criterion(job)
 
 
 def _by_criterion(job: Job) -> dict[str, Any]:
@@ -215,7 +229,8 @@ def main() -> None:
     """Run what is missing, then write `reports/criteria.md`."""
     done = {_key(row) for row in read_rows(ROWS)}
     names = (*NETWORKS, *trained())
-    jobs = [
+    jobs = [(name, DENSE, 1.0, 0) for name in names]
+    jobs += [
         (name, criterion, kept, seed)
         for seed, kept, criterion, name in itertools.product(SEEDS, KEPT, (*CRITERIA, *PRUNERS), names)
     ]
@@ -227,37 +242,107 @@ def main() -> None:
 
 
 def report() -> None:
-    """Write `reports/criteria.md` from the rows that are there."""
+    """Write `reports/criteria.md`, `.json` and `.html` from the rows that are there."""
     rows = read_rows(ROWS)
     names = sorted({r["network"] for r in rows}, key=lambda n: (n not in NETWORKS, n))
-    body = [_head()]
-    for name, (phase, title) in itertools.product(names, PHASES.items()):
-        mine = [r for r in rows if r["network"] == name and phase in r]
-        body.append(f"## {name}, {title}\n")
-        body.append(_table(mine, phase))
+    dense = {r["network"]: 100 * top1(r[DENSE]) for r in rows if r["criterion"] == DENSE}
+    body, sections = [f"# {TITLE}\n\n{_head()}\n"], []
+    for name in names:
+        level = f"Dense: {dense[name]:.2f} %." if name in dense else ""
+        tables = []
+        for phase, title in PHASES.items():
+            mine = [r for r in rows if r["network"] == name and phase in r]
+            columns, lines = _table(mine, phase)
+            body.append(f"## {name}, {title}\n")
+            body.append(f"{level}\n\n{markdown_table(columns, lines)}".lstrip())
+            tables.append(Table(caption=f"Top-1, {title}", head=columns, align="lrrrr", rows=lines))
+        sections.append(
+            Section(
+                key=name,
+                title=name,
+                paragraphs=(level,) if level else (),
+                figures=_figures([r for r in rows if r["network"] == name], name, dense.get(name)),
+                tables=tuple(tables),
+            )
+        )
     body.append("In brackets: how many seeds.\n")
-    summary = [{k: top1(v) if k in PHASES else v for k, v in row.items()} for row in rows]
-    write_report("criteria", "MNIST=… python -m reports.bench criteria", "\n".join(body), summary)
+    summary = [{k: top1(v) if k in {*PHASES, DENSE} else v for k, v in row.items()} for row in rows]
+    write_report("criteria", COMMAND, "\n".join(body), summary)
+    said = f"{_head()} In brackets: how many seeds. Made by {COMMAND}.".replace("`", "")
+    page = render_study(TITLE, said, sections)
+    write_text(FOLDER / "criteria.html", page)
+
+
+def _figures(rows: Sequence[dict[str, Any]], name: str, dense: float | None) -> tuple[Figure, ...]:
+    """Return what each criterion loses at the smaller budget, without training and with it."""
+    if dense is None:
+        return ()
+    plots = []
+    for phase in ("refit", "finetuned"):
+        bars: list[Bar] = []
+        shown = [c for c in (*CRITERIA, *PRUNERS) if _values(rows, c, KEPT[-1], phase)]
+        for row, criterion in enumerate(shown):
+            losses = [value - dense for value in _values(rows, criterion, KEPT[-1], phase)]
+            mean, spread = stats.mean(losses), stats.stdev(losses) if len(losses) > 1 else 0.0
+            said = f"{mean:+.2f}".replace("-", "−")
+            bars.append(
+                Bar(
+                    row=row,
+                    start=0,
+                    end=mean,
+                    color="blue" if criterion == CRITERIA[0] else "grey",
+                    tip=f"{criterion}: {said} points, {len(losses)} seeds",
+                    label=said,
+                    low=mean - spread if spread else None,
+                    high=mean + spread if spread else None,
+                )
+            )
+        if bars:
+            low = 1.15 * min(bar.end if bar.low is None else bar.low for bar in bars)
+            plots.append(
+                Plot(
+                    height=22 * len(shown),
+                    x=scale(min(low, -0.5), 0.0, title="points of top-1 against the dense network"),
+                    y=names_axis(shown),
+                    marks=tuple(bars),
+                    left=margin(shown),
+                    subtitle=PHASES[phase],
+                )
+            )
+    figure = Figure(
+        key=f"lost-{name}",
+        caption=f"What is lost at {100 * KEPT[-1]:.0f} % of the MACs; whiskers: one standard deviation over seeds",
+        description="Bars of the accuracy lost with each criterion; the tables below have the same numbers.",
+        panels=(tuple(plots),),
+    )
+    return (figure,) if plots else ()
+
+
+def _values(rows: Sequence[dict[str, Any]], criterion: str, kept: float, phase: str) -> list[float]:
+    return [
+        100 * top1(r[phase]) for r in rows if (r["criterion"], r["kept"]) == (criterion, kept) and phase in r
+    ]
 
 
 def _head() -> str:
     missing = {"mobilenetv3_small", "se_resnext29"} - set(trained())
     text = (
-        "# Criteria at equal MACs\n\n"
         "Top-1 on the 10,000 test images, mean ± standard deviation over seeds (which choose the training images that "
         "are measured, and the order of fine-tuning). Same plan solver, same repair (least squares and BN on 2,048 "
         f"images, scales and shifts on up to 8,192), same fine-tune ({SETTINGS['epochs']} epochs on 12,000 images, "
         "distilled from the dense network). torch-pruning: its `MagnitudePruner` with group L2 norms, one ratio in "
         "every layer (local) or one threshold (global), at the ratio that leaves as many MACs; it has no repair, and "
         "is fine-tuned as it is. p: paired test over the test images (the mean over seeds of right or wrong, against "
-        "`excitation`; two-sided normal).\n"
+        "`excitation`; two-sided normal)."
     )
     if missing:
-        text += f"\nNot trained yet, and so not in the table: {', '.join(sorted(missing))}.\n"
+        text += f" Not trained yet, and so not in the table: {', '.join(sorted(missing))}."
     return text
 
 
-def _table(rows: Sequence[dict[str, Any]], phase: str) -> str:
+def _table(rows: Sequence[dict[str, Any]], phase: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return the columns and lines of a table."""
+
     def pick(criterion: str, kept: float) -> dict[int, str]:
         return {r["seed"]: r[phase] for r in rows if (r["criterion"], r["kept"]) == (criterion, kept)}
 
@@ -270,11 +355,11 @@ def _table(rows: Sequence[dict[str, Any]], phase: str) -> str:
             spread = f" ± {stats.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{stats.mean(values):.2f}{spread} ({len(values)})" if values else "–")
             cells.append(_p_text(own, best) if criterion != CRITERIA[0] else "")
-        lines.append([criterion, *cells])
+        lines.append((criterion, *cells))
     columns: list[str] = []
     for kept in KEPT:
         columns += [f"{100 * kept:.0f} % of MACs", "p"]
-    return markdown_table(["criterion", *columns], lines)
+    return ("criterion", *columns), tuple(lines)
 
 
 def _p_text(first: dict[int, str], second: dict[int, str]) -> str:

@@ -63,6 +63,16 @@ def render_gates(report: GateReport) -> str:
     return _page("these gates", title=report.name, kind="gate report", parts=[part], comparison=None)
 
 
+def render_study(title: str, verdict: str, shown: Sequence[Section]) -> str:
+    """Return the HTML of a study: what came out in a sentence or two, and its sections.
+
+    Raises:
+        SePruneError: The page would be larger than 6 MB.
+    """
+    part = Part(key="study", name=title, verdict=verdict, tiles=[], sections=list(shown))
+    return _page("this study", title=title, kind="study", parts=[part], comparison=None)
+
+
 def _page(what: str, *, title: str, kind: str, parts: Sequence[Part], comparison: Section | None) -> str:
     page = _template().render(
         title=title, kind=kind, parts=parts, comparison=comparison, palette=PALETTE, draw=svg.inline
