@@ -28,8 +28,7 @@ from se_prune.pipeline import analyze, apply_plan, structure
 from se_prune.pipeline.measure import MEASURED_IMAGES, Structure, evidence_for
 from se_prune.records import Budget, HiddenPolicy, Scores
 from se_prune.scoring import Evidence, score
-from se_prune.scoring.answer import answered
-from se_prune.scoring.obs import obs_scores
+from se_prune.scoring.answer import answer_scores
 from se_prune.scoring.signal import describe
 
 CPU = torch.device("cpu")
@@ -116,10 +115,10 @@ def _scores(parts: Parts, evidence: Evidence) -> Scores:
 
 
 def _answer(evidence: Evidence) -> Scores:
-    signal, wanted = describe(evidence), [c for c in evidence.couplings if c.group.prunable]
-    layers = {piece.layer for coupling in wanted for piece in signal.consumers(coupling)}
-    found = obs_scores(evidence, answered(evidence, signal, layers), wanted)
-    return Scores(criterion=ANSWER, comparable=True, groups=found)
+    wanted = [c for c in evidence.couplings if c.group.prunable]
+    return Scores(
+        criterion=ANSWER, comparable=True, groups=answer_scores(evidence, describe(evidence), wanted)
+    )
 
 
 def evidence_of(

@@ -15,14 +15,16 @@ worth little, whatever its energy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
 from se_prune import distributed
+from se_prune.records import Coupling
 from se_prune.scoring.gradients import parts
+from se_prune.scoring.obs import obs_scores
 from se_prune.scoring.registry import Evidence
 from se_prune.scoring.signal import Signal
 
@@ -49,21 +51,26 @@ class Answer(Signal):
         return self.total if layer in self.information else Signal.whole(self, layer)
 
 
+def answer_scores(
+    evidence: Evidence, signal: Signal, wanted: Sequence[Coupling]
+) -> dict[str, tuple[float, ...]]:
+    """Return what no re-fit of a channel's consumers brings back, as a share of the answer."""
+    layers = {piece.layer for coupling in wanted for piece in signal.consumers(coupling)}
+    return obs_scores(evidence, answered(evidence, signal, layers), wanted)
+
+
 def answered(evidence: Evidence, signal: Signal, layers: Collection[str]) -> Answer:
     """Return a signal with the Fisher information of some layers, measured on images."""
-    sums = {
-        name: torch.zeros(weight.shape[0], dtype=torch.float64)
-        for name in sorted(layers)
-        if isinstance(weight := signal.modules[name].weight, torch.Tensor)
-    }
-    handles = [signal.modules[name].register_forward_hook(_adding(total)) for name, total in sums.items()]
+    sums: dict[str, torch.Tensor] = {}
+    handles = [signal.modules[name].register_forward_hook(_adding(sums, name)) for name in layers]
     try:
         whole = _run(evidence)
     finally:
         for handle in handles:
             handle.remove()
         evidence.model.cpu()
-    distributed.add_up(whole, *sums.values())
+    distributed.add_up(whole)
+    sums = distributed.add_up_tables(sums)
     told = {name: total for name, total in sums.items() if float(whole) > 0 and bool(total.any())}
     own = {field.name: getattr(signal, field.name) for field in fields(signal)}
     return Answer(**own, information=told, total=float(whole))
@@ -93,14 +100,14 @@ def _run(evidence: Evidence) -> torch.Tensor:
     return whole
 
 
-def _adding(total: torch.Tensor) -> Callable[..., None]:
-    """Return a forward hook that adds the squared gradient of a layer's output (N, C_out, …) to a sum (C_out,)."""
+def _adding(sums: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    """Return a forward hook that adds the squared gradient of a layer's output (N, C_out, …) to its sum (C_out,)."""
 
     def add(gradient: torch.Tensor) -> None:
-        squares = gradient.detach().float().square()
         axis = 1 if gradient.ndim == 4 else gradient.ndim - 1
         others = [i for i in range(gradient.ndim) if i != axis]
-        total.add_(squares.sum(others).double().cpu())
+        total = gradient.detach().float().square().sum(others).double().cpu()
+        sums[name] = sums[name] + total if name in sums else total
 
     def hook(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
         del inputs

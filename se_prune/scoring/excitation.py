@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from se_prune.records import REFITTING, Coupling
-from se_prune.scoring.answer import answered
+from se_prune.scoring.answer import answer_scores
 from se_prune.scoring.energy import energy_scores
-from se_prune.scoring.obs import obs_scores
 from se_prune.scoring.registry import Evidence, criterion
 from se_prune.scoring.signal import describe
 
@@ -32,8 +31,7 @@ def excitation(evidence: Evidence, wanted: Sequence[Coupling]) -> dict[str, tupl
     energy = energy_scores(signal, wanted)
     if evidence.repair not in REFITTING:
         return energy
-    layers = {piece.layer for coupling in wanted for piece in signal.consumers(coupling)}
-    residual = obs_scores(evidence, answered(evidence, signal, layers), wanted)
+    residual = answer_scores(evidence, signal, wanted)
     return {
         name: tuple((max(a, 0.0) * b) ** 0.5 for a, b in zip(residual[name], values, strict=True))
         for name, values in energy.items()

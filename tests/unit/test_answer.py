@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from se_prune.scoring import answer, gradients, score
-from se_prune.scoring.answer import TEMPERATURE, answered
+from se_prune.scoring.answer import TEMPERATURE, answer_scores, answered
 from se_prune.scoring.energy import energy_scores
 from se_prune.scoring.obs import obs_scores
 from se_prune.scoring.signal import describe
@@ -147,6 +147,7 @@ def test_excitation_knows_which_repair_follows(facts):
     found = answered(have, signal, layers)
     assert set(found.information) == layers
     residual = obs_scores(have, found, wanted)
+    assert residual == answer_scores(have, signal, wanted)
     for name, values in score("excitation", have).groups.items():
         expected = [(max(a, 0) * b) ** 0.5 for a, b in zip(residual[name], energy[name], strict=True)]
         assert values == pytest.approx(expected)

@@ -9,6 +9,7 @@ import pytest
 from se_prune.records import SitePlan
 from se_prune.report import class_tables, figures, html, markdown, sections, tables
 from se_prune.report.changes import class_changes
+from se_prune.report.content import Figure, Section
 from tests.pages import Page
 from tests.runs import HOSTILE, SITES, cost, evaluation, hostile_run, make_run
 
@@ -54,6 +55,28 @@ def test_the_page_is_one_file_that_opens_offline(run):
     assert "url(" not in style
     assert "@import" not in style
     assert not {"iframe", "object", "embed", "form"} & set(page.tags)
+
+
+def test_a_study_is_a_page_of_its_sections(run):
+    table = tables.before_after(run)
+    drawn = figures.stages(run)
+    shown = [
+        Section(
+            key=key,
+            title=f"Network {key}",
+            figures=(Figure(key=f"of-{key}", caption="Top-1", description="By stage.", panels=((drawn,),)),),
+            tables=(table,),
+        )
+        for key in "ab"
+    ]
+    source = html.render_study("Criteria & budgets", "p < 0.05 on <three>.", shown)
+    page = Page(source)
+    assert "Criteria &amp; budgets" in source
+    assert "p &lt; 0.05 on &lt;three&gt;." in source
+    assert {"study-a", "study-b"} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert source.count('class="figure"') == 2
+    assert all(source.count(cell) >= 2 for row in table.rows for cell in row if cell.isalnum())
 
 
 def test_ids_are_unique_and_headings_do_not_skip_a_level(run):
