@@ -30,7 +30,7 @@ from se_prune.records import (
 from se_prune.timing import LatencyModel
 
 #: Exponent of a channel's MACs in a step's price; 0 ignores the cost, 1 is score per MAC. On held-out training images
-#: of the bundled networks no power up to 1 did better by more than 0.05 points (`reports/scores.md`).
+#: of the bundled networks no power up to 1 did better by more than 0.2 points (`reports/scores.md`).
 COST_POWER = 1.0
 
 
