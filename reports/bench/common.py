@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from se_prune.artifact import Network
 from se_prune.checkpoint import open_model
 from se_prune.files import write_text
@@ -36,6 +38,13 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add one finished row."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the rank correlation of two lists; equal values share the mean of their ranks."""
+    x, y = np.array(first), np.array(second)
+    ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ Predictions and per-site losses are taken on training images; the test images gi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from reports.bench.common import (
     bundled,
     markdown_table,
     read_rows,
+    spearman,
     write_report,
 )
 from se_prune.artifact import Network
@@ -154,12 +155,6 @@ def _fisher(
                 step = (slope * (constants[name].to(s).view(1, -1, 1, 1) - s)).flatten(1).sum(1)
                 total[name] += float((p[:, k] * step.square()).sum()) / (2 * len(few))
     return total
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the rank correlation; there are no ties to speak of."""
-    x, y = (torch.tensor(v, dtype=torch.float64).argsort().argsort().double() for v in (a, b))
-    return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
 
 
 def _requests(statistics: Statistics) -> dict[str, FoldRequest]:
