@@ -1,7 +1,8 @@
 """A full fine-tune after the cut: a quarter of the training epochs on the whole training set.
 
-Distilled from the dense network, logits and features. The environment's `FASHION_MNIST` names the folder of the four
-idx files. Resumable: a run that is killed goes on at its step, and each finished one is a line of
+Distilled from the dense network, logits and features. As a control, a network of the same shape with random weights is
+trained by the whole recipe of the dense one. The environment's `FASHION_MNIST` names the folder of the four idx files.
+Resumable: a run that is killed goes on at its step, and each finished one is a line of
 `full_finetune.jsonl`.
 """
 
@@ -18,10 +19,21 @@ from rich.progress import track
 
 from reports.bench.answers import right, top1
 from reports.bench.common import FOLDER, append_row, bundled, markdown_table, read_rows, write_report
+from se_prune import artifact
+from se_prune.artifact import Network
+from se_prune.checkpoint import open_model
+from se_prune.data import DataSource, open_data
+from se_prune.pipeline import apply_plan, finetune, plan, structure
+from se_prune.pipeline.training import new_network
+from se_prune.recipe import train_settings
+from se_prune.records import Budget
 
+CPU = torch.device("cpu")
 NAME = "se_resnet20"
 KEPT = (0.5, 0.3)
 SEEDS = (0, 1, 2)
+#: The fraction of the MACs, and the seeds, of the control.
+CONTROL, CONTROL_SEEDS = 0.5, (0,)
 ROWS = FOLDER / "full_finetune.jsonl"
 STATES = FOLDER.parent / "runs" / "full_finetune"
 #: A quarter of the 32 epochs of `recipes/fashion_se_resnet20.toml`. Chosen by the agreement with the dense network on
@@ -38,41 +50,47 @@ SETTINGS: dict[str, Any] = {
     "distill_features": 20.0,
     "amp": "bf16",
 }
+RECIPE = FOLDER.parent / "recipes" / "fashion_se_resnet20.toml"
 
 
-def run_job(kept: float, seed: int) -> dict[str, Any]:
-    """Cut and repair on the whole training set, then fine-tune; which test images were right after each."""
-    from se_prune import artifact
-    from se_prune.checkpoint import open_model
-    from se_prune.data import open_data
-    from se_prune.pipeline import apply_plan, finetune, plan, structure
-    from se_prune.recipe import train_settings
-    from se_prune.records import Budget
+def cut_network(kept: float, seed: int, data: DataSource) -> Network:
+    """Cut and repair on the whole training set, or take what an earlier run has cut."""
+    dense, path = bundled(NAME), STATES / f"{kept}-{seed}" / "cut.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        found, budget = structure(dense), Budget(kind="macs", value=kept)
+        chosen = plan(dense, found, budget, criterion="excitation", device=CPU, data=data, seed=seed)
+        artifact.save(path, apply_plan(dense, found, chosen, device=CPU, data=data, seed=seed).network)
+    return open_model(str(path))
 
-    device, data, dense = torch.device("cpu"), open_data(os.environ["FASHION_MNIST"]), bundled(NAME)
-    state = STATES / f"{kept}-{seed}"
-    state.mkdir(parents=True, exist_ok=True)
-    cut = state / "cut.safetensors"
-    if not cut.exists():
-        found, common = structure(dense), {"device": device, "data": data, "seed": seed}
-        budget = Budget(kind="macs", value=kept)
-        chosen = plan(dense, found, budget, criterion="excitation", **common)  # type: ignore[arg-type]
-        artifact.save(cut, apply_plan(dense, found, chosen, **common).network)  # type: ignore[arg-type]
-    small = open_model(str(cut))
-    assert small.header.plan is not None
-    settings = train_settings(None, "finetune", **SETTINGS)
-    tuned = finetune(
-        small, data, settings, device=device, teacher=dense, seed=seed, resume=state / "training"
-    )
-    return {
+
+def run_job(start: str, kept: float, seed: int) -> dict[str, Any]:
+    """Train a cut network, or one of its shape; which test images were right after each step."""
+    data, dense = open_data(os.environ["FASHION_MNIST"]), bundled(NAME)
+    small = cut_network(kept, seed, data)
+    chosen = small.header.plan
+    assert chosen is not None
+    row = {
+        "start": start,
         "kept": kept,
         "seed": seed,
         "images": len(data.train),
-        "macs": small.header.plan.macs_after / small.header.plan.macs_before,
+        "macs": chosen.macs_after / chosen.macs_before,
         "dense": right(dense, data),
-        "repaired": right(small, data),
-        "finetuned": right(tuned, data),
     }
+    state = STATES / f"{kept}-{seed}"
+    if start == "random":
+        fresh = new_network(f"zoo:{NAME}", data, seed)
+        small = apply_plan(fresh, structure(fresh), chosen, device=CPU, data=data, repair="none").network
+        settings = train_settings(RECIPE, "train", compile=False)
+        tuned = finetune(small, data, settings, device=CPU, seed=seed, resume=state / "random", stage="train")
+    else:
+        row["repaired"] = right(small, data)
+        settings = train_settings(None, "finetune", **SETTINGS)
+        tuned = finetune(
+            small, data, settings, device=CPU, teacher=dense, seed=seed, resume=state / "training"
+        )
+    return {**row, "finetuned": right(tuned, data)}
 
 
 def main() -> None:
@@ -80,12 +98,17 @@ def main() -> None:
     if "FASHION_MNIST" not in os.environ:
         sys.exit("set FASHION_MNIST to the folder of the four idx files of the whole data set.")
     torch.set_num_threads(1)
-    done = {(row["kept"], row["seed"]) for row in read_rows(ROWS)}
-    jobs = [(kept, seed) for seed, kept in itertools.product(SEEDS, KEPT)]
-    for kept, seed in track([job for job in jobs if job not in done], "full fine-tune"):
-        append_row(ROWS, run_job(kept, seed))
+    done = {_key(row) for row in read_rows(ROWS)}
+    jobs = [("cut", kept, seed) for seed, kept in itertools.product(SEEDS, KEPT)]
+    jobs += [("random", CONTROL, seed) for seed in CONTROL_SEEDS]
+    for job in track([job for job in jobs if job not in done], "full fine-tune"):
+        append_row(ROWS, run_job(*job))
         report()
     report()
+
+
+def _key(row: dict[str, Any]) -> tuple[str, float, int]:
+    return row["start"], row["kept"], row["seed"]
 
 
 def report() -> None:
@@ -95,27 +118,30 @@ def report() -> None:
         "# A full fine-tune after the cut\n\n"
         f"zoo:{NAME} cut by `excitation`, repaired without labels, then trained for {SETTINGS['epochs']} epochs, a "
         "quarter of those that made it, on the whole training set, distilled from the dense network, logits and "
-        "features. Top-1 on the "
-        "10,000 test images, mean ± deviation over seeds; the drop is from the dense network, in points.\n\n"
+        "features. As a control, the same shape is drawn at random and trained by the dense network's whole recipe. "
+        "Top-1 on the 10,000 test images, mean ± deviation over seeds; the drop is from the dense network, in "
+        "points.\n\n"
     )
     lines = []
-    for kept in KEPT:
-        mine = [row for row in rows if row["kept"] == kept]
+    for start, kept in (*(("cut", kept) for kept in KEPT), ("random", CONTROL)):
+        mine = [row for row in rows if (row["start"], row["kept"]) == (start, kept)]
         if not mine:
             continue
         tuned = [100 * top1(row["finetuned"]) for row in mine]
         spread = f" ± {stats.stdev(tuned):.2f}" if len(tuned) > 1 else ""
         dense = 100 * top1(mine[0]["dense"])
+        repaired = [100 * top1(row["repaired"]) for row in mine if "repaired" in row]
         lines.append(
             [
                 f"{100 * stats.mean(row['macs'] for row in mine):.1f} %",
+                "cut, fine-tuned" if repaired else "random weights, the whole recipe",
                 f"{dense:.2f}",
-                f"{stats.mean(100 * top1(row['repaired']) for row in mine):.2f}",
+                f"{stats.mean(repaired):.2f}" if repaired else "",
                 f"{stats.mean(tuned):.2f}{spread} ({len(tuned)})",
                 f"{dense - stats.mean(tuned):.2f}",
             ]
         )
-    body += markdown_table(["MACs kept", "dense", "repaired", "fine-tuned (seeds)", "drop"], lines)
+    body += markdown_table(["MACs kept", "start", "dense", "repaired", "trained (seeds)", "drop"], lines)
     stages = ("dense", "repaired", "finetuned")
     summary = [{key: top1(value) if key in stages else value for key, value in row.items()} for row in rows]
     write_report("full_finetune", "FASHION_MNIST=… python -m reports.bench full_finetune", body, summary)
