@@ -166,7 +166,7 @@ def _ratio(
     rows: Sequence[dict[str, Any]], names: Sequence[str], pair: Sequence[str], drop: float
 ) -> float | None:
     first, second = (_least(rows, names, way, drop) for way in pair)
-    if first is None or second is None or first == second == min(KEPT):
+    if first is None or second is None or first == second == min(row["kept"] for row in rows):
         return None
     return first / second
 
@@ -185,7 +185,7 @@ def _table(
         cells = [f"{100 * rows[0]['top1'][key]['dense']:.2f} %", f"{drop:g}"]
         for way in ways:
             least = _least(rows, names, way, drop)
-            mark = "≤ " if least == min(KEPT) else ""
+            mark = "≤ " if least == min(row["kept"] for row in rows) else ""
             cells.append("–" if least is None else f"{mark}{100 * least:.1f} %")
         for pair in pairs:
             ratio = _ratio(rows, names, pair, drop)
