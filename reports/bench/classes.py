@@ -1,9 +1,9 @@
 """Cutting for three of the classes against cutting for all of them: MACs at equal accuracy on the three.
 
 The class-agnostic cut is measured, planned and repaired on all classes' training images, the other on those of the
-three; all answer with the three outputs on the three classes' test images. Without training, and after a fine-tune of
-as many images (two epochs of all the bundled ones, or six of those of three classes), distilled from the dense network.
-Resumable.
+three; all answer with the three outputs on the three classes' test images. Without training, and after a fine-tune that
+is distilled from the dense network: two epochs of all the bundled images, or six of those of three classes, which are
+fewer steps. Resumable.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from reports.bench.common import (
     read_rows,
     write_report,
 )
-from reports.bench.criteria import SETTINGS
+from reports.bench.criteria import finetuned
 from se_prune.artifact import Network
 from se_prune.data import DataSource, open_data
-from se_prune.pipeline import apply_plan, assess, finetune, for_classes, like, plan, structure
-from se_prune.recipe import FINETUNE_DEFAULTS, train_settings
+from se_prune.pipeline import apply_plan, assess, for_classes, like, plan, structure
 from se_prune.records import Budget
 
 CPU = torch.device("cpu")
@@ -39,14 +38,8 @@ KEPT = (0.5, 0.35, 0.25, 0.18, 0.13, 0.09, 0.06, 0.04)
 DROPS = (0.2, 0.5, 1.0, 2.0, 5.0)
 #: Epochs on the images of all classes, and on those of three.
 EPOCHS = {"all": 2, "three": 6}
-#: Which classes a network is cut for, and what it is fine-tuned on.
-WAYS = {
-    "all": ("all", None),
-    "three": ("three", None),
-    "all, trained": ("all", "all"),
-    "all, trained for three": ("all", "three"),
-    "three, trained": ("three", "three"),
-}
+#: What a cut is called once it is fine-tuned on the three classes.
+TRAINED = {"all": "all, trained for three", "three": "three, trained"}
 #: Title of a table, its ways, and the pairs of ways whose MACs are compared.
 TABLES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
     "no training": (("all", "three"), (("all", "three"),)),
@@ -76,26 +69,17 @@ def _cut(network: Network, data: DataSource, kept: float) -> Network:
     return apply_plan(network, found, chosen, device=CPU, data=data).network
 
 
-def _tuned(network: Network, dense: Network, data: DataSource, which: str) -> Network:
-    changes = {**FINETUNE_DEFAULTS, **SETTINGS, "epochs": EPOCHS[which]}
-    settings = train_settings(None, "finetune", **changes)
-    return finetune(network, data, settings, device=CPU, teacher=dense)
-
-
 def _accuracies(network: Network, data: DataSource, kept: float) -> dict[str, dict[str, float]]:
-    """Return per subset the accuracy of the dense network and of each of `WAYS` on its test images."""
+    """Return per subset the accuracy of the dense network and of each way on its test images."""
     every = _cut(network, data, kept)
-    trained = _tuned(every, network, data, "all")
+    trained = finetuned(every, network, data, epochs=EPOCHS["all"])
     result = {}
     for names in SUBSETS:
         small, part = for_classes(network, data, names)
         cuts = {"all": like(every, small, data), "three": _cut(small, part, kept)}
-        found = {"dense": small}
-        for way, (cut, images) in WAYS.items():
-            if images == "all":
-                found[way] = like(trained, small, data)
-            else:
-                found[way] = cuts[cut] if images is None else _tuned(cuts[cut], small, part, images)
+        found = {"dense": small, **cuts, "all, trained": like(trained, small, data)}
+        for which, after in TRAINED.items():
+            found[after] = finetuned(cuts[which], small, part, epochs=EPOCHS["three"])
         result[",".join(names)] = {key: assess(own, part, device=CPU)[1].top1 for key, own in found.items()}
     return result
 

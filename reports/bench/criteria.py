@@ -138,19 +138,19 @@ def _by_criterion(job: Job) -> dict[str, Any]:
         row[repair] = right(applied.network, data)
         row["macs"] = applied.after.macs / applied.before.macs
     if kept in FINETUNED:
-        row["finetuned"] = _finetuned(applied.network, network, data, seed)
+        row["finetuned"] = right(finetuned(applied.network, network, data, seed), data)
     return row
 
 
-def _finetuned(cut: Any, dense: Any, data: Any, seed: int) -> str:
+def finetuned(cut: Any, dense: Any, data: Any, seed: int = 0, **changes: Any) -> Any:
+    """Return a cut network after the fine-tune of the study, distilled from the dense one, with changed settings."""
     import torch
 
     from se_prune.pipeline import finetune
-    from se_prune.recipe import FINETUNE_DEFAULTS, train_settings
+    from se_prune.recipe import train_settings
 
-    settings = train_settings(None, "finetune", **{**FINETUNE_DEFAULTS, **SETTINGS})
-    device = torch.device("cpu")
-    return right(finetune(cut, data, settings, device=device, teacher=dense, seed=seed), data)
+    settings = train_settings(None, "finetune", **{**SETTINGS, **changes})
+    return finetune(cut, data, settings, device=torch.device("cpu"), teacher=dense, seed=seed)
 
 
 def _by_pruner(job: Job) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _by_pruner(job: Job) -> dict[str, Any]:
     row: dict[str, Any] = {"network": name, "criterion": pruner, "kept": kept, "seed": seed, "macs": macs}
     row["none"] = right(cut, data)
     if kept in FINETUNED:
-        row["finetuned"] = _finetuned(cut, dense, data, seed)
+        row["finetuned"] = right(finetuned(cut, dense, data, seed), data)
     recalibrated = Network(module=clone(module), header=dense.header)
     subset = balanced_subset(data.train, MEASURED_IMAGES, seed)
     recalibrate_bn(recalibrated.module, subset, dense.header.preprocessing, device=torch.device("cpu"))

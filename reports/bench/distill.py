@@ -34,7 +34,6 @@ ARMS: dict[str, tuple[bool, dict[str, Any]]] = {
     "labels alone, smoothed by 0.1": (False, {"label_smoothing": 0.1}),
     "distilled": (True, {}),
     "distilled, features too": (True, {"distill_features": 0.5}),
-    "distilled, features by 20": (True, {"distill_features": 20.0}),
 }
 FIRST = "labels alone"
 
